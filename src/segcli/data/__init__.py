@@ -1,0 +1,1 @@
+"""Data sets with labels, and the transforms of training."""

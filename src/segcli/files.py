@@ -1,0 +1,69 @@
+"""Files that appear under their final name only when complete."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from segcli.errors import MachineError
+
+TEMPORARY_PREFIX = ".segcli-"  # every temporary file starts with this, so that leftovers can be recognised
+
+
+@contextlib.contextmanager
+def machine_errors(path: Path, doing: str) -> Iterator[None]:
+    """Turn an OSError of the block into a `MachineError` that names the path and the reason."""
+    try:
+        yield
+    except OSError as error:
+        hints = {
+            errno.ENOSPC: "free some space, then run the same command again",
+            errno.EACCES: "choose a folder that you may write to",
+            errno.EPERM: "choose a folder that you may write to",
+            errno.EROFS: "choose a folder on a disk that is not read-only",
+        }
+        hint = hints.get(error.errno or 0)
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise MachineError(f"cannot {doing} {path}: {reason}" + (f"; {hint}" if hint else "")) from error
+
+
+def write_atomic(path: Path, data: bytes | memoryview) -> None:
+    """Write a file so that `path` holds either what it held before or all of `data`.
+
+    A temporary file in the same folder is written, flushed to the disk and renamed.
+    The folder is made when it is missing.
+
+    Raises:
+        MachineError: The disk is full, the folder cannot be written to, ...
+    """
+    with machine_errors(path, "write"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o666 & ~_umask())
+            os.replace(temporary, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
