@@ -312,6 +312,11 @@ def _from_toml(path: Path, text: str) -> ClassSet:
         content = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{path} is not valid TOML: {error}") from error
+    return class_set_from_table(path, content)
+
+
+def class_set_from_table(path: Path, content: dict[str, Any]) -> ClassSet:
+    """A class set from the table that a TOML file holds; `path` is for messages and the default name."""
     for key, value in content.items():
         if key not in _TOML_KEYS:
             raise UsageError(f"{path}: unknown key {key!r}; known are {', '.join(_TOML_KEYS)}")
