@@ -21,7 +21,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 FINAL_LAYER = {32: "upscore", 16: "upscore16", 8: "upscore8"}  # the released name of the last upsampling
@@ -89,23 +89,24 @@ def crop_offset(inner: Fraction, outer: Fraction) -> int:
     return int(offset)
 
 
-def bilinear_kernel(stride: int) -> Tensor:
-    """The kernel that interpolates bilinearly by an even stride, float (2 * stride, 2 * stride).
+def bilinear_kernel(stride: int, size: int | None = None) -> Tensor:
+    """The kernel that interpolates bilinearly by an even stride, float (size, size); size 2 * stride.
 
     Its one-dimensional profile is a triangle with ones-sum per phase: stride 2 gives 1/4, 3/4, 3/4, 1/4.
+    The odd size 2 * stride - 1 interpolates too, with its peak on a pixel (FCN-AlexNet's 63 at stride 32).
     """
-    size = 2 * stride
+    size = size or 2 * stride
     profile = 1 - torch.abs(torch.arange(size) - (size - 1) / 2) / stride
     return torch.outer(profile, profile)
 
 
-def upsampling(num_classes: int, stride: int, trimmed: bool) -> nn.ConvTranspose2d:
+def upsampling(num_classes: int, stride: int, trimmed: bool, size: int | None = None) -> nn.ConvTranspose2d:
     """A dense C x C transposed convolution, initialised to bilinear interpolation of every class."""
     padding = stride // 2 if trimmed else 0
-    layer = nn.ConvTranspose2d(num_classes, num_classes, 2 * stride, stride, padding, bias=False)
+    layer = nn.ConvTranspose2d(num_classes, num_classes, size or 2 * stride, stride, padding, bias=False)
     with torch.no_grad():
         layer.weight.zero_()
-        layer.weight[range(num_classes), range(num_classes)] = bilinear_kernel(stride)
+        layer.weight[range(num_classes), range(num_classes)] = bilinear_kernel(stride, size)
     return layer
 
 
@@ -120,7 +121,32 @@ class Bilinear(nn.Module):
         return F.interpolate(scores, scale_factor=self.stride, mode="bilinear", align_corners=False)
 
 
-class FCN(nn.Module):
+class Network(nn.Module):
+    """What every network here does: scores of C classes at its own strides, then at the image's size.
+
+    Attributes:
+        num_classes: Number of classes C.
+        stride: The stride of its finest scores.
+    """
+
+    num_classes: int
+    stride: int
+
+    @abstractmethod
+    def score_pyramid(self, images: Tensor) -> list[Tensor]:
+        """Scores, float (N, C, H/stride, W/stride), from the coarsest to the finest."""
+
+    @abstractmethod
+    def upsample(self, scores: Tensor, size: tuple[int, int]) -> Tensor:
+        """The finest scores at the image's size (H, W)."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images, float (N, 3, H, W), to scores before softmax, float (N, C, H, W)."""
+        height, width = images.shape[-2:]
+        return self.upsample(self.score_pyramid(images)[-1], (height, width))
+
+
+class FCN(Network):
     """A fully convolutional network; subclasses provide the encoder by `features`.
 
     Args:
@@ -180,11 +206,6 @@ class FCN(nn.Module):
         top = left = self.alignment.output
         cropped: Tensor = full[..., top : top + size[0], left : left + size[1]]
         return cropped
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Images, float (N, 3, H, W), to scores before softmax, float (N, C, H, W)."""
-        height, width = images.shape[-2:]
-        return self.upsample(self.score_pyramid(images)[-1], (height, width))
 
 
 def fuse(coarse: Tensor, fine: Tensor, offset: int) -> Tensor:

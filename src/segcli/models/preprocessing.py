@@ -43,7 +43,7 @@ def network_size(height: int, width: int, preprocessing: Preprocessing) -> tuple
 
 def resize(image: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
     """An image, uint8 (H, W, 3), at the size at which the network sees it."""
-    height, width = network_size(*image.shape[:2], preprocessing)
+    height, width = network_size(image.shape[0], image.shape[1], preprocessing)
     if (height, width) == image.shape[:2]:
         return image
     shrinks = height < image.shape[0]
@@ -53,7 +53,7 @@ def resize(image: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.ND
 
 def resize_labels(labels: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
     """A label map, uint8 (H, W), at the size at which the network sees its image; never interpolated."""
-    height, width = network_size(*labels.shape[:2], preprocessing)
+    height, width = network_size(labels.shape[0], labels.shape[1], preprocessing)
     if (height, width) == labels.shape:
         return labels
     resized = cv2.resize(labels, (width, height), interpolation=cv2.INTER_NEAREST_EXACT)
