@@ -7,17 +7,31 @@ from collections.abc import Callable
 from functools import partial
 
 from segcli.errors import UsageError
+from segcli.models.alexnet import AlexNetFCN
 from segcli.models.encoders import ENCODERS, EncoderFCN
-from segcli.models.fcn import FCN, FINAL_LAYER
+from segcli.models.fcn import FINAL_LAYER, Network
+from segcli.models.semseg import ResizingVGG16FCN
+from segcli.models.torchvision_networks import STRIDES, TorchvisionNetwork
 from segcli.models.vgg import VGG16FCN
 
 AT_ONCE_SCALES = (0.01, 0.0001)  # on pool4 and pool3; voc-fcn8s-atonce/net.py
 
-NETWORKS: dict[str, Callable[[int], FCN]] = {
+NETWORKS: dict[str, Callable[[int], Network]] = {
     "fcn32s": partial(VGG16FCN, stride=32),
     "fcn16s": partial(VGG16FCN, stride=16),
     "fcn8s": partial(VGG16FCN, stride=8),
     "fcn8s-atonce": partial(VGG16FCN, stride=8, scales=AT_ONCE_SCALES),
+    "fcn16s-atonce": partial(VGG16FCN, stride=16, scales=AT_ONCE_SCALES),  # zijundeng's FCN16
+    "fcn-alexnet": AlexNetFCN,
+    **{
+        f"fcn{stride}s-semseg": partial(ResizingVGG16FCN, stride=stride, mode="bilinear")
+        for stride in FINAL_LAYER
+    },
+    **{
+        f"fcn{stride}s-semseg-nearest": partial(ResizingVGG16FCN, stride=stride, mode="nearest")
+        for stride in FINAL_LAYER
+    },
+    **{builder: partial(TorchvisionNetwork, builder=builder) for builder in STRIDES},
     **{
         f"fcn{stride}s-{encoder}": partial(EncoderFCN, stride=stride, encoder=encoder)
         for encoder in ENCODERS
@@ -26,7 +40,7 @@ NETWORKS: dict[str, Callable[[int], FCN]] = {
 }
 
 
-def get(name: str, num_classes: int) -> FCN:
+def get(name: str, num_classes: int) -> Network:
     """A network with random weights, in training mode.
 
     Raises:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from segcli.models.fcn import FCN
+from segcli.models.fcn import Network
 from segcli.models.preprocessing import Preprocessing, normalize
 from segcli.training.config import TrainConfig
 from segcli.training.losses import auxiliary_loss, label_weight, segmentation_loss
@@ -45,14 +45,14 @@ class SegmentationObjective(Objective):
 
     def __init__(
         self,
-        network: FCN,
+        network: Network,
         preprocessing: Preprocessing,
         precision: str,
         config: TrainConfig,
         class_weights: Tensor | None,
     ) -> None:
         super().__init__(network, preprocessing, precision)
-        self.network: FCN = network
+        self.network: Network = network
         self.config = config
         self.register_buffer("class_weights", class_weights, persistent=False)
         self.class_weights: Tensor | None
