@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from segcli import __version__
+from segcli.cli.train import train
 from segcli.errors import SegcliError
 
 app = typer.Typer(
@@ -39,6 +40,9 @@ def _common(
     """Segment folders of images with fully convolutional networks (FCN)."""
 
 
+
+
+app.command()(train)
 
 
 def main(argv: Sequence[str] | None = None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from segcli.images import read_image
 from segcli.metrics import confusion_matrix, scores
 from segcli.models.checkpoint import ModelInfo, fill, save_model
 from segcli.models.encoders import ENCODERS
-from segcli.models.fcn import FCN
+from segcli.models.fcn import Network
 from segcli.models.networks import get
 from segcli.models.preprocessing import IMAGENET_MEAN, Preprocessing, to_tensor
 from segcli.training.config import TrainConfig
@@ -34,6 +35,11 @@ from segcli.training.tasks import (
 )
 
 GREY = (round(255 * IMAGENET_MEAN[0]), round(255 * IMAGENET_MEAN[1]), round(255 * IMAGENET_MEAN[2]))
+
+
+def available_workers() -> int:
+    """Processes for loading images: one less than the cores this process may use, at least one."""
+    return max(1, len(os.sched_getaffinity(0)) - 1)
 
 
 def make_task(config: TrainConfig, device: torch.device) -> Task:
@@ -176,7 +182,7 @@ def accuracy(
     return {"accuracy": right / len(folders.images)}
 
 
-def start_encoder(network: FCN, encoder: str, source: str) -> None:
+def start_encoder(network: Network, encoder: str, source: str) -> None:
     """Copy encoder weights from a file (or torchvision's ImageNet ones) into a network.
 
     Raises:

@@ -1,0 +1,56 @@
+"""Which device and which precision to compute with."""
+
+from __future__ import annotations
+
+import torch
+
+from segcli.errors import UsageError
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name: auto, cpu, cuda, cuda:N or mps; auto takes a GPU when there is one.
+
+    Raises:
+        UsageError: The name is unknown, or the device is not there.
+    """
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (number and not (kind == "cuda" and number.isdecimal())):
+        raise UsageError(f"--device {name!r} is unknown; use auto, cpu, cuda, cuda:N or mps")
+    if kind == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(number or 0) >= count:
+            found = f"this machine has {count}" if count else "PyTorch sees no GPU on this machine"
+            raise UsageError(f"--device {name}: {found}; use --device auto or --device cpu")
+        return torch.device("cuda", int(number or 0))
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps: this machine has no Apple GPU; use --device auto or --device cpu")
+    return torch.device(kind)
+
+
+def describe(device: torch.device) -> str:
+    """The device for people, such as `cuda:0 (NVIDIA H200)` or `cpu (2 threads)`."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """`fp32`, `bf16` or `fp16`; auto is bf16 where the hardware computes in it, else fp32.
+
+    Raises:
+        UsageError: The device cannot compute in that precision.
+    """
+    if name == "fp16" and device.type == "cpu":
+        raise UsageError("--precision fp16 needs a GPU; use bf16 or fp32 on the CPU")
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type == "cpu":
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # since PyTorch 2.12
+        return "bf16" if capabilities.get("avx512_bf16") else "fp32"
+    return "fp32"
