@@ -29,6 +29,10 @@ from segcli.palettes import class_set_from_table, get_class_set
 
 IMAGE_FOLDERS = ("images", "image", "imgs", "img", "JPEGImages")
 LABEL_FOLDERS = ("masks", "mask", "labels", "label", "annotations", "gt", "SegmentationClass")
+SPLIT_FOLDERS = {
+    "train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
+    "testing": "test", "all": "all",
+}  # fmt: skip
 
 
 def _find_lists(folder: Path) -> Path | None:
@@ -69,12 +73,11 @@ def _plain_folders(root: Path) -> dict[str, tuple[Path, Path]]:
     direct = _image_and_label_folder(root)
     if direct is None:
         below = {c.name: found for c in subfolders(root) if (found := _image_and_label_folder(c))}
-        return dict(sorted(below.items()))
-    images, labels = direct
-    inside = {c.name: (c, labels / c.name) for c in subfolders(images) if (labels / c.name).is_dir()}
-    if inside.keys() & {"train", "training", "val", "valid", "validation", "test"}:
-        return dict(sorted(inside.items()))
-    return {"all": direct}
+    else:
+        images, labels = direct
+        below = {c.name: (c, labels / c.name) for c in subfolders(images) if (labels / c.name).is_dir()}
+    splits = {SPLIT_FOLDERS[name]: found for name, found in below.items() if name in SPLIT_FOLDERS}
+    return splits or ({"all": direct} if direct else {})
 
 
 def _image_and_label_folder(root: Path) -> tuple[Path, Path] | None:
@@ -84,19 +87,14 @@ def _image_and_label_folder(root: Path) -> tuple[Path, Path] | None:
 
 
 def _folder_splits(root: Path) -> tuple[str, ...]:
-    if not root.is_dir():
-        return ()
-    folders = _plain_folders(root)
+    folders = _plain_folders(root) if root.is_dir() else {}
     if list(folders) == ["all"]:
         return ("all", *(list_names(root) or ("train", "val")))
-    return tuple(_SPLIT_NAMES.get(name, name) for name in folders)
-
-
-_SPLIT_NAMES = {"training": "train", "validation": "val", "valid": "val", "testing": "test"}
+    return tuple(folders)
 
 
 def _read_folder(root: Path, split: str) -> Part:
-    folders = {_SPLIT_NAMES.get(name, name): found for name, found in _plain_folders(root).items()}
+    folders = _plain_folders(root)
     if "all" not in folders:
         return pair(*folders[split])
     whole = pair(*folders["all"])

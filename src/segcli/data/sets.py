@@ -13,7 +13,8 @@ import platformdirs
 from PIL import Image, UnidentifiedImageError
 
 from segcli.data import own, public
-from segcli.data.layout import IDENTITY, Layout, Sample
+from segcli.data.layout import IDENTITY, Layout, Part
+from segcli.data.layout import Sample as Sample
 from segcli.errors import ImageError, MachineError, UsageError
 from segcli.images import read_color_map, read_label_map
 from segcli.palettes import ClassSet, labels_from_colors
@@ -146,14 +147,25 @@ def open_data(name_or_path: str | Path, split: str, root: Path | None = None) ->
     for name in wanted:
         if name not in there:
             raise UsageError(f"{folder} has no split {name!r}; it has {', '.join(there) or 'none'}")
-    parts = [layout.read(folder, name) for name in wanted]
-    samples = tuple(dict.fromkeys(sample for part in parts for sample in part.samples))
+    parts = {name: layout.read(folder, name) for name in wanted}
+    samples = _joined(parts)
     if not samples:
         raise UsageError(f"split {split} of {folder} has no image with a label")
     coding = layout.coding(folder)
-    unpaired = tuple(dict.fromkeys(path for part in parts for path in part.unpaired))
+    unpaired = tuple(dict.fromkeys(path for part in parts.values() for path in part.unpaired))
     name = str(name_or_path) if str(name_or_path) in KNOWN else (folder.stem or folder.resolve().name)
     return DataSet(name, coding.class_set, folder, split, samples, coding.ids, coding.colors, unpaired)
+
+
+def _joined(parts: dict[str, Part]) -> tuple[Sample, ...]:
+    """The samples of all splits, each image once; names that two splits share get the split in front."""
+    samples = dict.fromkeys(sample for part in parts.values() for sample in part.samples)
+    if len({sample.name for sample in samples}) == len(samples):
+        return tuple(samples)
+    named = {
+        s.image: replace(s, name=f"{split}/{s.name}") for split, part in parts.items() for s in part.samples
+    }
+    return tuple(named.values())
 
 
 def split_names(name_or_path: str | Path, root: Path | None = None) -> tuple[str, ...]:
