@@ -9,6 +9,7 @@ decodes to its end counts as read.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import re
 import stat
@@ -21,7 +22,7 @@ from typing import Any
 import cv2
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError, _imaging
 
 from segcli.errors import ImageError
 
@@ -37,6 +38,10 @@ MAX_PIXELS = 2**28  # 268 megapixels: every camera's pictures, and 0.8 GB of RGB
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 # Pillow's remarks on odd files (corrupt EXIF, ...) would reach the terminal; here a file is read or reported.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+with contextlib.suppress(OSError, AttributeError):  # and libtiff, inside Pillow, prints by itself
+    _set_handler = ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler
+    _set_handler.argtypes, _set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
+    _set_handler(None)
 
 _STRIP_PIXELS = 2**22  # large pictures are converted in strips, so that the extra memory stays small
 _WHITE = (255, 255, 255)
@@ -152,7 +157,7 @@ def _decoded(path: Path, max_pixels: int) -> Iterator[tuple[Image.Image, Any]]:
 _STARTS = (
     (
         rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|II\*\0|MM\0\*|BM|GIF8|P[1-7Ff]\s|....ftypavi",
-        "its header is damaged",
+        "its header is damaged, or of a kind that is not supported",
     ),
     (rb"....ftyp(hei|hev|mif1|msf1)", "HEIC is not supported; convert it to JPEG or PNG"),
     (rb"\0\0\0\x0cjP|\xff\x4f\xff\x51", "JPEG 2000 is not supported; convert it to TIFF or PNG"),
@@ -239,7 +244,6 @@ def _rgb(image: Image.Image, orientation: int, notes: list[str]) -> Pixels:
 
 def _converter(image: Image.Image, notes: list[str]) -> Callable[[Image.Image], Image.Image]:
     if image.has_transparency_data:
-        notes.append("transparency on white")
         return _on_white
     if image.mode == "CMYK":
         transform = _cmyk_transform(image)
@@ -283,7 +287,6 @@ def _rgb_of_deep_grey(image: Image.Image, orientation: int, notes: list[str]) ->
         grey = ~grey  # white is zero
     if image.mode == "I;16" and "transparency" in image.info:
         grey[values == image.info["transparency"]] = 255
-        notes.append("transparency on white")
     shown = _displayed(grey, orientation)
     return np.repeat(shown[..., None], 3, axis=2)
 
@@ -293,10 +296,8 @@ def _stretched(values: npt.NDArray[Any], notes: list[str]) -> Pixels:
     finite = np.isfinite(values)
     if not finite.any():
         raise ImageError("no pixel has a finite value")
-    low, high = (
-        float(values.min(where=finite, initial=np.inf)),
-        float(values.max(where=finite, initial=-np.inf)),
-    )
+    known = values if finite.all() else values[finite]
+    low, high = float(known.min()), float(known.max())
     if low >= 0 and high <= 255 and (high > 1 or values.dtype.kind == "i"):
         scaled = values
     elif low >= 0 and high <= 1:
@@ -304,7 +305,7 @@ def _stretched(values: npt.NDArray[Any], notes: list[str]) -> Pixels:
         scaled = values * 255
     else:
         notes.append(f"values {low:g} to {high:g} scaled to 8 bits")
-        scaled = (values - low) * (255 / (high - low or 1))
+        scaled = (values.astype(np.float64) - low) * (255 / (high - low or 1))
     return np.where(finite, np.rint(scaled), 0).astype(np.uint8)
 
 
@@ -327,7 +328,7 @@ def _checked_ids(values: npt.NDArray[Any]) -> Labels:
     """Whole, non-negative numbers below 2^31 as uint8, uint16 or int32."""
     if values.dtype.kind not in "biu":
         raise ImageError(f"it holds {values.dtype} values, but class ids are whole numbers")
-    if values.dtype in (np.uint8, np.uint16):
+    if values.dtype.kind == "u" and values.dtype.itemsize <= 2:
         return values.astype(values.dtype.newbyteorder("="), copy=False)
     if values.dtype == np.bool_:
         return values.astype(np.uint8)
