@@ -6,6 +6,8 @@ Sources:
                 label_colors.txt of the Cambridge-driving Labeled Video Database (32 classes)
     Cityscapes  mcordts/cityscapesScripts, cityscapesscripts/helpers/labels.py
     ADE20K      CSAILVision/sceneparsing, objectInfo150.txt and color150.mat
+    PASCAL-Context, SIFT Flow, NYUDv2
+                class lists in data/ of shelhamer/fcn.berkeleyvision.org; without published colours, so in VOC's
 """
 
 from __future__ import annotations
@@ -259,8 +261,43 @@ _ADE20K = _built_in(
     4700ff 7a00ff 00ffb8 005cff b8ff00 0085ff ffd600 19c2c2 66ff00 5c00ff""",
 )
 
+
+def _in_voc_colors(name: str, names: str, first: int = 1) -> ClassSet:
+    """Names separated by commas; class 0 has the VOC colour of `first`: black only where it is background."""
+    listed = tuple(" ".join(n.split()) for n in names.split(","))
+    return ClassSet(name, listed, _voc_colors(first + len(listed))[first:])
+
+
+_CONTEXT_NAMES = """aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse,
+    motorbike, person, pottedplant, sheep, sofa, train, tvmonitor, bag, bed, bench, book, building, cabinet,
+    ceiling, clothes, computer, cup, door, fence, floor, flower, food, grass, ground, keyboard, light,
+    mountain, mouse, curtain, platform, sign, plate, road, rock, shelves, sidewalk, sky, snow, bedcloth,
+    track, tree, truck, wall, water, window, wood"""
+_CONTEXT = _in_voc_colors("pascal-context", "background, " + _CONTEXT_NAMES, first=0)
+_CONTEXT59 = _in_voc_colors("pascal-context-59", _CONTEXT_NAMES)
+
+_SIFTFLOW = _in_voc_colors(
+    "siftflow",
+    """awning, balcony, bird, boat, bridge, building, bus, car, cow, crosswalk, desert, door, fence, field,
+    grass, moon, mountain, person, plant, pole, river, road, rock, sand, sea, sidewalk, sign, sky, staircase,
+    streetlight, sun, tree, window""",
+)
+_SIFTFLOW_GEOMETRIC = _in_voc_colors("siftflow-geometric", "sky, horizontal, vertical")
+
+_NYUD = _in_voc_colors(  # "refridgerator" is the data set's spelling
+    "nyud",
+    """wall, floor, cabinet, bed, chair, sofa, table, door, window, bookshelf, picture, counter, blinds, desk,
+    shelves, curtain, dresser, pillow, mirror, floor mat, clothes, ceiling, books, refridgerator, television,
+    paper, towel, shower curtain, box, whiteboard, person, night stand, toilet, sink, lamp, bathtub, bag,
+    otherstructure, otherfurniture, otherprop""",
+)
+
 CLASS_SETS: dict[str, ClassSet] = {
-    classes.name: classes for classes in (_VOC, _CAMVID, _CAMVID32, _CITYSCAPES, _ADE20K)
+    classes.name: classes
+    for classes in (
+        *(_VOC, _CAMVID, _CAMVID32, _CITYSCAPES, _ADE20K),
+        *(_CONTEXT, _CONTEXT59, _SIFTFLOW, _SIFTFLOW_GEOMETRIC, _NYUD),
+    )
 }
 
 
