@@ -35,6 +35,9 @@ class ModelInfo:
     Attributes:
         network: A key of `models.networks.NETWORKS`.
         class_set: Names, colours and ignore value of the classes it predicts.
+        second_class_set: A second label space that it predicts as well, or None: SIFT Flow's geometric
+            classes. Its scores are the channels after those of `class_set`: of scores (N, C, H, W), the first
+            len(class_set) channels are one label map's and the rest the other's, each with its own softmax.
         preprocessing: How an image becomes its input.
         dataset: What it was trained on, in words.
         metrics: Measured scores, such as {"camvid/val": {"mean_iou": 0.61, ...}}; fractions of 1.
@@ -46,13 +49,19 @@ class ModelInfo:
 
     network: str
     class_set: ClassSet
-    preprocessing: Preprocessing = Preprocessing()
+    preprocessing: Preprocessing = field(default_factory=Preprocessing)
+    second_class_set: ClassSet | None = None
     dataset: str = ""
     metrics: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     licence: str = ""
     dtype: str = "float32"
     notes: tuple[str, ...] = ()
+
+    @property
+    def channels(self) -> int:
+        """Number of channels of the network's scores."""
+        return len(self.class_set) + len(self.second_class_set or ())
 
 
 @dataclass(frozen=True)
@@ -110,20 +119,30 @@ def parse_info(text: str, path: Path) -> ModelInfo:
             raise CheckpointError(
                 f"{path} was written by a newer segcli; update with `pip install -U segcli`"
             )
-        classes = document.pop("class_set")
-        classes["names"] = tuple(classes["names"])
-        classes["colors"] = tuple(tuple(color) for color in classes["colors"])
-        if "ignore_color" in classes:
-            classes["ignore_color"] = tuple(classes["ignore_color"])
+        classes = _class_set(document.pop("class_set"))
+        second = document.pop("second_class_set", None)
         preprocessing = document.pop("preprocessing")
         for name in ("mean", "std"):
             preprocessing[name] = tuple(preprocessing[name])
         document["notes"] = tuple(document.get("notes", ()))
         return ModelInfo(
-            class_set=ClassSet(**classes), preprocessing=Preprocessing(**preprocessing), **document
+            class_set=classes,
+            second_class_set=None if second is None else _class_set(second),
+            preprocessing=Preprocessing(**preprocessing),
+            **document,
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
         raise CheckpointError(f"{path} has damaged metadata ({error!r}); get the file again") from error
+
+
+def _class_set(document: dict[str, Any]) -> ClassSet:
+    document["names"] = tuple(document["names"])
+    document["colors"] = tuple(tuple(color) for color in document["colors"])
+    if "ignore_color" in document:
+        document["ignore_color"] = tuple(document["ignore_color"])
+    return ClassSet(**document)
 
 
 def load_model(path: Path) -> Model:
@@ -139,11 +158,19 @@ def load_model(path: Path) -> Model:
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); get the file again") from error
     try:
-        network = get(info.network, len(info.class_set))
+        with torch.device("meta"):  # no memory and no time for random weights
+            network = get(info.network, info.channels)
     except UsageError as error:
         raise CheckpointError(f"{path} does not fit this segcli: {error}") from error
-    fill(network, state, str(path))
+    check(network, state, str(path))
+    state = {name: _owned(value) for name, value in state.items()}
+    network.load_state_dict(state, assign=True)
     return Model(network.eval(), info, path, sha256(path))
+
+
+def _owned(value: Tensor) -> Tensor:
+    """A copy in memory, floating point as float32: the file may change while the model is in use."""
+    return value.to(torch.float32, copy=True) if value.is_floating_point() else value.clone()
 
 
 def fill(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -153,6 +180,16 @@ def fill(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
         network: Changed in place.
         state: Tensors by parameter name; any floating point type.
         source: Where they come from, for the error message.
+    """
+    check(network, state, source)
+    network.load_state_dict(state)
+
+
+def check(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Make sure that weights fit a network: every name, shape and kind, and all numbers finite.
+
+    Raises:
+        CheckpointError: They do not; `source` says in the message where they come from.
     """
     wanted = network.state_dict()
     missing = [name for name in wanted if name not in state]
@@ -169,11 +206,14 @@ def fill(network: nn.Module, state: dict[str, Tensor], source: str) -> None:
                 f"{source} does not fit its network: {name} has shape {tuple(value.shape)}, "
                 f"not {tuple(wanted[name].shape)}"
             )
+        if value.is_floating_point() != wanted[name].is_floating_point():
+            raise CheckpointError(
+                f"{source} does not fit its network: {name} is {value.dtype}, not {wanted[name].dtype}"
+            )
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise CheckpointError(
                 f"{source} holds numbers that are not finite, in {name}; get the file again"
             )
-    network.load_state_dict(state)
 
 
 def describe_content(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,7 +10,10 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
+from PIL import Image
 from torch import Tensor
+
+from segcli.errors import UsageError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -24,6 +28,8 @@ class Preprocessing:
         order: Channel order of the network.
         scale: The value of white: 1.0 (torchvision) or 255.0 (Caffe).
         shorter_side: Images are resized so that their shorter side has this many pixels; None keeps them.
+        shrinking: How pixels are averaged when an image shrinks: over the area that each covers, or, as
+            torchvision does, weighted by a triangle twice as wide.
     """
 
     mean: tuple[float, float, float] = IMAGENET_MEAN
@@ -31,14 +37,40 @@ class Preprocessing:
     order: Literal["RGB", "BGR"] = "RGB"
     scale: float = 1.0
     shorter_side: int | None = None
+    shrinking: Literal["area", "triangle"] = "area"
+
+    def __post_init__(self) -> None:
+        numbers = (*self.mean, *self.std, self.scale)
+        if len(self.mean) != 3 or len(self.std) != 3 or not all(map(math.isfinite, numbers)):
+            raise UsageError("preprocessing needs three means and three deviations, all finite")
+        if self.order not in ("RGB", "BGR") or min(*self.std, self.scale, self.shorter_side or 1) <= 0:
+            raise UsageError("preprocessing needs the order RGB or BGR, and sizes and deviations above zero")
+
+
+# How published weights want their images. Sources: voc_layers.py, siftflow_layers.py and nyud_layers.py of
+# shelhamer/fcn.berkeleyvision.org; utils of zijundeng/pytorch-semantic-segmentation; the loaders of
+# meetps/pytorch-semseg; torchvision's SemanticSegmentation preset.
+PREPROCESSINGS: dict[str, Preprocessing] = {
+    "caffe": Preprocessing((104.00698793, 116.66876762, 122.67891434), (1, 1, 1), "BGR", 255),
+    "caffe-vgg": Preprocessing((103.939, 116.779, 123.68), (1, 1, 1), "BGR", 255),
+    "caffe-unit": Preprocessing((104.00699, 116.66877, 122.67892), (255, 255, 255), "BGR", 255),
+    "siftflow": Preprocessing((114.578, 115.294, 108.353), (1, 1, 1), "BGR", 255),
+    "nyud": Preprocessing((116.190, 97.203, 92.318), (1, 1, 1), "BGR", 255),
+    "nyud-hha": Preprocessing((132.431, 94.076, 118.477), (1, 1, 1), "RGB", 255),  # not turned to BGR
+    "imagenet": Preprocessing(),
+    "torchvision": Preprocessing(shorter_side=520, shrinking="triangle"),
+}
 
 
 def network_size(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:
     """The size (H, W) at which the network sees an image of that size."""
     if preprocessing.shorter_side is None:
         return height, width
-    factor = preprocessing.shorter_side / min(height, width)
-    return max(1, round(height * factor)), max(1, round(width * factor))
+    long, short = max(height, width), min(height, width)
+    longer_side = preprocessing.shorter_side * long // short  # rounded down, as torchvision does
+    if height <= width:
+        return preprocessing.shorter_side, longer_side
+    return longer_side, preprocessing.shorter_side
 
 
 def resize(image: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
@@ -47,6 +79,8 @@ def resize(image: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.ND
     if (height, width) == image.shape[:2]:
         return image
     shrinks = height < image.shape[0]
+    if shrinks and preprocessing.shrinking == "triangle":
+        return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
     interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     return cv2.resize(image, (width, height), interpolation=interpolation).astype(np.uint8, copy=False)
 
