@@ -7,7 +7,7 @@ Sources:
     Cityscapes  mcordts/cityscapesScripts, cityscapesscripts/helpers/labels.py
     ADE20K      CSAILVision/sceneparsing, objectInfo150.txt and color150.mat
     PASCAL-Context, SIFT Flow, NYUDv2
-                class lists in data/ of shelhamer/fcn.berkeleyvision.org; without published colours, so in VOC's
+                class lists in data/ of shelhamer/fcn.berkeleyvision.org, which have no colours: VOC's
 """
 
 from __future__ import annotations
@@ -268,8 +268,8 @@ def _in_voc_colors(name: str, names: str, first: int = 1) -> ClassSet:
     return ClassSet(name, listed, _voc_colors(first + len(listed))[first:])
 
 
-_CONTEXT_NAMES = """aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog, horse,
-    motorbike, person, pottedplant, sheep, sofa, train, tvmonitor, bag, bed, bench, book, building, cabinet,
+_CONTEXT_NAMES = """aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog,
+    horse, motorbike, person, pottedplant, sheep, sofa, train, tvmonitor, bag, bed, bench, book, building, cabinet,
     ceiling, clothes, computer, cup, door, fence, floor, flower, food, grass, ground, keyboard, light,
     mountain, mouse, curtain, platform, sign, plate, road, rock, shelves, sidewalk, sky, snow, bedcloth,
     track, tree, truck, wall, water, window, wood"""
