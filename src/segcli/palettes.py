@@ -269,10 +269,10 @@ def _in_voc_colors(name: str, names: str, first: int = 1) -> ClassSet:
 
 
 _CONTEXT_NAMES = """aeroplane, bicycle, bird, boat, bottle, bus, car, cat, chair, cow, diningtable, dog,
-    horse, motorbike, person, pottedplant, sheep, sofa, train, tvmonitor, bag, bed, bench, book, building, cabinet,
-    ceiling, clothes, computer, cup, door, fence, floor, flower, food, grass, ground, keyboard, light,
-    mountain, mouse, curtain, platform, sign, plate, road, rock, shelves, sidewalk, sky, snow, bedcloth,
-    track, tree, truck, wall, water, window, wood"""
+    horse, motorbike, person, pottedplant, sheep, sofa, train, tvmonitor, bag, bed, bench, book, building,
+    cabinet, ceiling, clothes, computer, cup, door, fence, floor, flower, food, grass, ground, keyboard,
+    light, mountain, mouse, curtain, platform, sign, plate, road, rock, shelves, sidewalk, sky, snow,
+    bedcloth, track, tree, truck, wall, water, window, wood"""
 _CONTEXT = _in_voc_colors("pascal-context", "background, " + _CONTEXT_NAMES, first=0)
 _CONTEXT59 = _in_voc_colors("pascal-context-59", _CONTEXT_NAMES)
 
