@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import platformdirs
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from segcli.data import own, public
 from segcli.data.layout import IDENTITY, Layout, Part
 from segcli.data.layout import Sample as Sample
 from segcli.errors import ImageError, MachineError, UsageError
-from segcli.images import read_color_map, read_label_map
+from segcli.images import FORMATS, read_color_map, read_label_map
 from segcli.palettes import ClassSet, labels_from_colors
 
 IGNORE = 255  # what `read_label` gives to pixels that do not count, whatever the label file has
@@ -251,14 +251,14 @@ def read_values(path: Path, dataset: DataSet) -> npt.NDArray[np.uint8]:
 
 
 def is_rgb(path: Path) -> bool:
-    """Whether a label file holds colours, not values, by its header."""
-    if path.suffix.lower() == ".npy":
+    """Whether a file is a colour picture, by its header; False for what cannot be opened."""
+    if not path.is_file() or path.suffix.lower() == ".npy":
         return False
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             return picture.mode in ("RGB", "RGBA")
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"cannot be read: {error}") from error
+    except Exception:  # Pillow raises many kinds; whoever decodes the file says what is wrong with it
+        return False
 
 
 def _read_mat(path: Path) -> npt.NDArray[np.uint8]:
