@@ -71,7 +71,7 @@ def boundaries(labels: Labels, width: int = 1) -> npt.NDArray[np.bool_]:
     if width == 1:
         return edges
     square = np.ones((2 * width - 1, 2 * width - 1), np.uint8)
-    return cv2.dilate(edges.view(np.uint8), square).astype(np.bool_)
+    return cv2.dilate(edges.view(np.uint8), square) > 0
 
 
 def _line_width(shape: tuple[int, ...]) -> int:
