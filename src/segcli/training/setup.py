@@ -25,6 +25,7 @@ from segcli.models.encoders import ENCODERS
 from segcli.models.fcn import Network
 from segcli.models.networks import get
 from segcli.models.preprocessing import IMAGENET_MEAN, Preprocessing, to_tensor
+from segcli.models.zoo import open_model
 from segcli.training.config import TrainConfig
 from segcli.training.tasks import (
     ClassificationObjective,
@@ -61,11 +62,7 @@ def segmentation_task(config: TrainConfig, device: torch.device) -> Task:
     root = Path(config.root) if config.root else None
     train_set = open_data(config.data, config.train_split, root)
     val_set = open_data(config.data, config.val_split, root) if config.val_split else None
-    name = f"fcn{config.stride}s" + ("" if config.encoder == "vgg16" else f"-{config.encoder}")
-    network = get(name, len(train_set.class_set))
-    if config.encoder_weights != "none":
-        start_encoder(network, config.encoder, config.encoder_weights)
-    preprocessing = Preprocessing(shorter_side=config.shorter_side or None)
+    name, network, preprocessing = starting_network(config, len(train_set.class_set))
     info = ModelInfo(
         network=name,
         class_set=train_set.class_set,
@@ -97,6 +94,30 @@ def segmentation_task(config: TrainConfig, device: torch.device) -> Task:
         score="mean_iou",
         save=save,
     )
+
+
+def starting_network(config: TrainConfig, num_classes: int) -> tuple[str, Network, Preprocessing]:
+    """The network to train with its name and preprocessing: a new one, or that of `config.model`.
+
+    Score and upsampling layers of a model with another number of classes start anew.
+    """
+    shorter_side = config.shorter_side or None
+    if not config.model:
+        name = f"fcn{config.stride}s" + ("" if config.encoder == "vgg16" else f"-{config.encoder}")
+        network = get(name, num_classes)
+        if config.encoder_weights != "none":
+            start_encoder(network, config.encoder, config.encoder_weights)
+        return name, network, Preprocessing(shorter_side=shorter_side)
+    model = open_model(config.model)
+    network = get(model.info.network, num_classes)
+    wanted = network.state_dict()
+    given = model.network.state_dict()
+    kept = {name: value for name, value in given.items() if value.shape == wanted[name].shape}
+    fill(network, wanted | kept, config.model)
+    preprocessing = model.info.preprocessing
+    if shorter_side is not None:
+        preprocessing = dataclasses.replace(preprocessing, shorter_side=shorter_side)
+    return model.info.network, network, preprocessing
 
 
 def validate(
