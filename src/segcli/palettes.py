@@ -103,9 +103,11 @@ def voc_colormap(n: int = 256) -> npt.NDArray[np.uint8]:
 
 
 def generic_class_set(n: int) -> ClassSet:
-    """`n` classes without a meaning: class_0 ... in the colours of VOC."""
+    """`n` classes without a meaning: class_0 ... in the colours of VOC, as is what they ignore."""
     names = tuple(f"class_{number}" for number in range(n))
-    return ClassSet("generic", names, _voc_colors(n), ignore=255 if n <= 255 else 65535)
+    ignore = 255 if n <= 255 else 65535
+    colors = _voc_colors(ignore + 1)
+    return ClassSet("generic", names, colors[:n], ignore, colors[ignore])
 
 
 def labels_from_colors(picture: npt.NDArray[np.uint8], classes: ClassSet) -> Labels:

@@ -23,6 +23,7 @@ Labels = npt.NDArray[np.integer[Any]]
 
 SMALLEST_TEXT = 12  # pixels; smaller letters of Pillow's font run together
 COMPARED_SIZE = 2000  # pixels of the longer side of a panel in `compare`; more is not seen on a screen
+MOST_ENTRIES = 255  # of a legend; a map with more ids, of instances say, is not read by its legend
 
 _PAPER = 255
 _INK = (30, 30, 30)
@@ -71,7 +72,8 @@ def boundaries(labels: Labels, width: int = 1) -> npt.NDArray[np.bool_]:
     if width == 1:
         return edges
     square = np.ones((2 * width - 1, 2 * width - 1), np.uint8)
-    return cv2.dilate(edges.view(np.uint8), square) > 0
+    thick: npt.NDArray[np.bool_] = cv2.dilate(edges.view(np.uint8), square) > 0
+    return thick
 
 
 def _line_width(shape: tuple[int, ...]) -> int:
@@ -82,8 +84,8 @@ def _line_width(shape: tuple[int, ...]) -> int:
 def heat_map(values: npt.NDArray[np.floating[Any]]) -> Pixels:
     """Values (H, W) from 0 to 1 in the colours of "inferno": black, purple, orange, light yellow."""
     grey = (np.clip(np.nan_to_num(values), 0, 1) * 255 + 0.5).astype(np.uint8)
-    colors = cv2.applyColorMap(grey, cv2.COLORMAP_INFERNO)
-    return cv2.cvtColor(colors, cv2.COLOR_BGR2RGB).astype(np.uint8, copy=False)
+    colors = cv2.applyColorMap(grey, cv2.COLORMAP_INFERNO)  # BGR
+    return np.ascontiguousarray(colors[..., ::-1], np.uint8)
 
 
 # ---- text and arrangement ----
@@ -117,19 +119,28 @@ def legend(names: Sequence[str], colors: Sequence[tuple[int, int, int]], width: 
     return np.array(page)
 
 
-def class_legend(labels: Labels, classes: ClassSet, width: int) -> Pixels:
-    """The legend of a label map: id and name of the classes that occur in it."""
+def with_legend(picture: Pixels, labels: Labels, classes: ClassSet) -> Pixels:
+    """A picture of a label map, with id, name and colour of the classes that occur in it below."""
     present = np.flatnonzero(np.bincount(labels.ravel())).tolist()
     palette = classes.palette()
-    named = [(number, _name(classes, number)) for number in present]
-    colors = [tuple(palette[n].tolist()) if n < len(palette) else (0, 0, 0) for n in present]
-    return legend([f"{number} {name}" for number, name in named], colors, width)
+    names = [_entry(classes, number) for number in present[:MOST_ENTRIES]]
+    colors = [_color(palette, number) for number in present[:MOST_ENTRIES]]
+    if len(present) > MOST_ENTRIES:
+        names.append(f"and {len(present) - MOST_ENTRIES:,} more")
+        colors.append((_PAPER, _PAPER, _PAPER))
+    return _joined([picture, legend(names, colors, picture.shape[1])], gap=0, axis=0)
 
 
-def _name(classes: ClassSet, number: int) -> str:
+def _entry(classes: ClassSet, number: int) -> str:
+    name = "ignore" if number == classes.ignore else "?"
     if number < len(classes):
-        return classes.names[number]
-    return "ignore" if number == classes.ignore else "?"
+        name = classes.names[number]
+    return name if name == f"class_{number}" else f"{number} {name}"
+
+
+def _color(palette: Pixels, number: int) -> tuple[int, int, int]:
+    red, green, blue = palette[number].tolist() if number < len(palette) else (0, 0, 0)
+    return red, green, blue
 
 
 def compare(image: Pixels, labels: Labels, classes: ClassSet) -> Pixels:
@@ -149,7 +160,7 @@ def compare(image: Pixels, labels: Labels, classes: ClassSet) -> Pixels:
     panels = [image, colorize(labels, palette), overlay(image, labels, palette)]
     wide = labels.shape[1] > 2 * labels.shape[0]
     picture = _joined(panels, gap=max(2, max(labels.shape) // 100), axis=0 if wide else 1)
-    return _joined([picture, class_legend(labels, classes, picture.shape[1])], gap=0, axis=0)
+    return with_legend(picture, labels, classes)
 
 
 def grid(rows: Sequence[Sequence[tuple[str, Pixels]]]) -> Pixels:
