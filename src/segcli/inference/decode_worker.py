@@ -1,0 +1,189 @@
+"""The process that decodes files. A file that kills, fills or occupies it costs that file and nothing else.
+
+    python -m segcli.inference.decode_worker FD
+
+It reads jobs from a socket and answers each with a header and, when the file could be read, its pixels.
+It never imports torch. Its parent is `decoders.py`, where the messages are described.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import resource
+import signal
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from segcli import images
+from segcli.errors import ImageError
+
+Array = npt.NDArray[Any]
+Reader = Callable[[str], tuple[Array, tuple[str, ...]]]
+
+LARGE = 2_000_000  # pixels; a worker asks before it decodes more
+GIB = 1 << 30
+FRAME = struct.Struct("!IQ")  # length of the header, length of the pixels
+
+
+def read_image(path: str) -> tuple[Array, tuple[str, ...]]:
+    """An image as displayed: uint8 (H, W, 3), and notes."""
+    picture = images.read_image(Path(path))
+    return picture.pixels, picture.notes
+
+
+def read_mask(path: str) -> tuple[Array, tuple[str, ...]]:
+    """A label map: integers (H, W)."""
+    return images.read_label_map(Path(path)), ()
+
+
+READERS: dict[str, Reader] = {"image": read_image, "mask": read_mask}
+
+
+def seconds_for(size: int, pixels: int = 0) -> float:
+    """How long reading a file of `size` bytes and `pixels` pixels may take: 10 s, and more for large ones."""
+    return 10 + size / 5e6 + pixels / 4e6
+
+
+def decode(path: str, reader: str, ask: Callable[[int], None]) -> tuple[dict[str, Any], Array | None]:
+    """Read one file.
+
+    Args:
+        path: The file.
+        reader: A key of `READERS`.
+        ask: Called with the number of pixels, before decoding, when they are many.
+
+    Returns:
+        A header with "problem" or with "notes", and the pixels when there was no problem. Both kinds have
+        "content" (size, times and SHA-256 of the file, None when it could not be read) and "milliseconds".
+    """
+    start = time.perf_counter()
+    header: dict[str, Any] = {"problem": "", "notes": [], "content": None}
+    pixels: Array | None = None
+    try:
+        before = os.stat(path)
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        header["content"] = {
+            "size": before.st_size,
+            "mtime_ns": before.st_mtime_ns,
+            "ctime_ns": before.st_ctime_ns,
+            "sha256": sha256,
+        }
+        size = pixels_announced(path)
+        if LARGE < size <= images.MAX_PIXELS:
+            ask(size)
+        pixels, notes = READERS[reader](path)
+        header["notes"] = list(notes)
+        after = os.stat(path)
+        if (before.st_size, before.st_mtime_ns, before.st_ino) != (
+            after.st_size,
+            after.st_mtime_ns,
+            after.st_ino,
+        ):
+            raise ImageError("changed while it was read; run the same command again")
+    except FileNotFoundError:
+        header["problem"] = "no such file; it was there when its folder was listed"
+    except OSError as error:
+        header["problem"] = f"cannot be read: {error.strerror or error}"
+    except ImageError as error:
+        header["problem"] = str(error)
+    except MemoryError:
+        header["problem"] = "decoding it needs more memory than there is"
+    except Exception as error:  # whatever a decoder raises about this file is the reason why this file failed
+        header["problem"] = f"cannot be decoded ({type(error).__name__}: {error})"
+    if header["problem"]:
+        pixels = None
+    header["milliseconds"] = (time.perf_counter() - start) * 1e3
+    return header, pixels
+
+
+def pixels_announced(path: str) -> int:
+    """Number of pixels by the file's header; 0 when it has none that can be understood."""
+    with contextlib.suppress(Exception), Image.open(path, formats=images.FORMATS) as image:
+        return image.width * image.height
+    return 0
+
+
+def send(connection: socket.socket, header: dict[str, Any], pixels: Array | None = None) -> None:
+    """Send one message; `pixels` travel as they lie in memory, their shape and type in the header."""
+    if pixels is not None:
+        pixels = np.ascontiguousarray(pixels)
+        header = {**header, "shape": pixels.shape, "dtype": pixels.dtype.str}
+    text = json.dumps(header).encode()
+    connection.sendall(FRAME.pack(len(text), 0 if pixels is None else pixels.nbytes) + text)
+    if pixels is not None:
+        connection.sendall(pixels.reshape(-1).view(np.uint8).data)
+
+
+def receive(connection: socket.socket) -> tuple[dict[str, Any], Array | None]:
+    """Receive one message. Raises EOFError when the other side has gone."""
+    length, size = FRAME.unpack(bytes(_fill(connection, bytearray(FRAME.size))))
+    header = json.loads(bytes(_fill(connection, bytearray(length))))
+    if not size:
+        return header, None
+    pixels = np.empty(header["shape"], np.dtype(header["dtype"]))
+    if pixels.nbytes != size:
+        raise EOFError("a message of the wrong size")
+    _fill(connection, pixels.reshape(-1).view(np.uint8).data)
+    return header, pixels
+
+
+def _fill(connection: socket.socket, buffer: bytearray | memoryview) -> bytearray | memoryview:
+    view = memoryview(buffer)
+    done = 0
+    while done < len(view):
+        count = connection.recv_into(view[done:])
+        if not count:
+            raise EOFError("the other side has gone")
+        done += count
+    return buffer
+
+
+def _confine() -> None:
+    """Bound what one file can take, and make this process the first to go when memory runs out."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(OSError, ValueError):
+        physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        _, most = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (max(4 * GIB, physical // 4), most))
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as file:
+        file.write("1000")
+
+
+def main() -> None:
+    connection = socket.socket(fileno=int(sys.argv[1]))
+    _confine()
+    send(connection, {"ready": True})
+
+    def limit(seconds: float) -> None:
+        # The parent keeps the time; this limit is on computing time, and ends an orphan that loops.
+        signal.setitimer(signal.ITIMER_PROF, 2 * seconds)
+
+    def ask(pixels: int) -> None:
+        send(connection, {"ask": pixels})
+        limit(receive(connection)[0]["seconds"])
+
+    with contextlib.suppress(EOFError, ConnectionError):
+        while True:
+            job, _ = receive(connection)
+            limit(job["seconds"])
+            header, pixels = decode(job["path"], job["reader"], ask)
+            limit(0)
+            send(connection, header, pixels)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,271 @@
+"""Decoding in processes of their own, so that a file can take down its decoder but not the run.
+
+Messages between this process and a worker (`decode_worker.py`), over a socket, a JSON header each:
+
+    worker -> {"ready": true}
+    <- {"path", "reader", "seconds"}              one job at a time
+    worker -> {"ask": pixels}                     only for large images: waits until there is room in memory
+    <- {}
+    worker -> {"problem", "notes", "content", ...} and the pixels
+
+Why like this (measured, see docs/reliability.md): workers stay alive, because starting one costs as much as
+decoding 300 photographs; they are started anew rather than forked, because torch's threads do not survive a
+fork; and pixels come through a socket, which is no slower than shared memory and leaves nothing to clean up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import segcli
+from segcli.errors import MachineError
+from segcli.inference.ahead import Ahead
+from segcli.inference.decode_worker import Array, decode, receive, seconds_for, send
+from segcli.inference.manifest import Content
+from segcli.inference.sources import Input
+
+PROGRAM = (sys.executable, "-P", "-m", "segcli.inference.decode_worker")
+TICK = 0.5  # seconds; how often limits and the wish to stop are looked at
+ROOM = 64_000_000  # pixels of large images that may be held at a time, or one image
+
+
+@dataclass
+class Decoded:
+    """An input with its pixels, or with the problem that it has."""
+
+    item: Input
+    pixels: Array | None = None  # uint8 (H, W, 3) for images, integers (H, W) for masks
+    problem: str = ""
+    notes: tuple[str, ...] = ()
+    content: Content | None = None
+    milliseconds: float = 0
+    room: int = 0  # pixels to give back by `Decoders.release`
+
+
+@dataclass
+class _Worker:
+    process: subprocess.Popen[bytes]
+    connection: socket.socket
+    ready: bool = False
+    item: Input | None = None  # what it is reading
+    asks: int = 0  # pixels that it waits for
+    room: int = 0  # pixels that it was given
+    spent: float = 0  # seconds on this item, the time of a suspended machine or terminal not counted
+    limit: float = 0
+
+
+class Decoders:
+    """A fixed number of worker processes. With `count` 0 files are read in this process, unprotected.
+
+    Args:
+        count: Number of processes.
+        reader: What the files are, a key of `decode_worker.READERS`.
+        stop: Set by anyone to end `run` early.
+        program: The command that starts a worker; the number of its socket is appended.
+    """
+
+    def __init__(
+        self, count: int, reader: str, stop: threading.Event, program: Sequence[str] = PROGRAM
+    ) -> None:
+        self._count = count
+        self._reader = reader
+        self._stop = stop
+        self._program = program
+        self._workers: list[_Worker] = []
+        self._selector = selectors.DefaultSelector()
+        self._failed_starts = 0
+        self._room_lock = threading.Lock()
+        self._room_used = 0
+
+    def run(self, items: Ahead[Input]) -> Iterator[Decoded]:
+        """Read every item, several at a time, and yield each when it is done."""
+        try:
+            yield from self._run_here(items) if self._count == 0 else self._run_in_workers(items)
+        finally:
+            self.kill()
+            for worker in self._workers:
+                worker.connection.close()
+                worker.process.wait()
+            self._selector.close()
+
+    def release(self, decoded: Decoded) -> None:
+        """Make room in memory: the pixels are no longer used."""
+        with self._room_lock:
+            self._room_used -= decoded.room
+            decoded.room = 0
+
+    def kill(self) -> None:
+        """End all workers at once."""
+        for worker in list(self._workers):
+            worker.process.kill()
+
+    def _run_here(self, items: Ahead[Input]) -> Iterator[Decoded]:
+        room = 0
+
+        def ask(pixels: int) -> None:
+            nonlocal room
+            while not self._take(pixels):
+                if self._stop.wait(TICK / 10):
+                    return
+            room = pixels
+
+        for item in items:
+            header, pixels = decode(item.source, self._reader, ask)
+            yield _decoded(item, header, pixels, room)
+            room = 0
+
+    def _run_in_workers(self, items: Ahead[Input]) -> Iterator[Decoded]:
+        more = True
+        waiting: deque[Input] = deque()
+        last = time.monotonic()
+        while not self._stop.is_set():
+            while more and len(waiting) < self._count:
+                try:
+                    item = items.poll(0)
+                except StopIteration:
+                    more = False
+                    break
+                if item is None:
+                    break
+                waiting.append(item)
+            free = [worker for worker in self._workers if worker.item is None]
+            for worker in free:
+                if worker.ready and waiting:
+                    self._assign(worker, waiting.popleft())
+            starting = sum(not worker.ready for worker in free)
+            for _ in range(min(len(waiting) - starting, self._count - len(self._workers))):
+                self._start()
+            busy = any(worker.item is not None for worker in self._workers)
+            if not (more or waiting or busy):
+                return
+
+            hurry = (more and len(waiting) < self._count) or any(worker.asks for worker in self._workers)
+            for key, _ in self._selector.select(TICK / 50 if hurry else TICK):
+                yield from self._listen(key.data)
+            now = time.monotonic()
+            yield from self._watch(min(now - last, 2 * TICK))
+            last = now
+
+    def _assign(self, worker: _Worker, item: Input) -> None:
+        try:
+            worker.limit = seconds_for(os.stat(item.source).st_size)
+        except OSError:
+            worker.limit = seconds_for(0)
+        worker.item, worker.spent = item, 0
+        self._tell(worker, {"path": item.source, "reader": self._reader, "seconds": worker.limit})
+
+    def _listen(self, worker: _Worker) -> Iterator[Decoded]:
+        """Take one message of a worker, or its end."""
+        try:
+            header, pixels = receive(worker.connection)
+        except (EOFError, OSError):
+            yield from self._bury(worker, "")
+            return
+        if "ready" in header:
+            worker.ready, self._failed_starts = True, 0
+        elif "ask" in header:
+            worker.asks = header["ask"]
+        elif worker.item is not None:
+            decoded = _decoded(worker.item, header, pixels, worker.room)
+            worker.item, worker.room = None, 0
+            yield decoded
+
+    def _watch(self, seconds: float) -> Iterator[Decoded]:
+        """Let waiting workers go on where there is room, and end those that take too long."""
+        for worker in list(self._workers):
+            if worker.asks and self._take(worker.asks):
+                worker.room, worker.asks = worker.asks, 0
+                worker.limit += seconds_for(0, worker.room)
+                self._tell(worker, {"seconds": worker.limit})
+            elif worker.item is not None and not worker.asks:
+                worker.spent += seconds
+                if worker.spent > worker.limit:
+                    yield from self._bury(worker, f"reading it took longer than {worker.limit:.0f} s")
+
+    def _take(self, pixels: int) -> bool:
+        with self._room_lock:
+            if self._room_used and self._room_used + pixels > ROOM:
+                return False
+            self._room_used += pixels
+            return True
+
+    def _tell(self, worker: _Worker, message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):  # it has died; `_listen` finds out
+            send(worker.connection, message)
+
+    def _bury(self, worker: _Worker, reason: str) -> Iterator[Decoded]:
+        """Remove a worker that died, or that has to go, and report what it was reading."""
+        worker.process.kill()
+        code = worker.process.wait()
+        self._selector.unregister(worker.connection)
+        worker.connection.close()
+        self._workers.remove(worker)
+        if not worker.ready:
+            self._failed_starts += 1
+            if self._failed_starts >= 3:
+                raise MachineError(
+                    f"the processes that read images do not start ({_how(code)}); "
+                    f"`{' '.join(self._program)} 0` shows why, and --workers 0 does without them"
+                )
+        if worker.item is not None:
+            yield Decoded(worker.item, problem=reason or _how(code), room=worker.room)
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        ours.settimeout(60)  # between two parts of one message: a worker that was stopped from outside
+        paths = [str(Path(segcli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+            "OMP_NUM_THREADS": "1",
+            "OPENBLAS_NUM_THREADS": "1",
+        }
+        with theirs:
+            process = subprocess.Popen(
+                [*self._program, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,  # libraries complain there about damaged files
+            )
+        worker = _Worker(process, ours)
+        self._workers.append(worker)
+        self._selector.register(ours, selectors.EVENT_READ, worker)
+
+
+def _decoded(item: Input, header: dict[str, Any], pixels: Array | None, room: int) -> Decoded:
+    content = header["content"]
+    return Decoded(
+        item,
+        pixels,
+        header["problem"],
+        tuple(header["notes"]),
+        Content(**content) if content else None,
+        header["milliseconds"],
+        room,
+    )
+
+
+def _how(code: int) -> str:
+    """How a process ended, in words."""
+    if code == -signal.SIGPROF:
+        return "reading it took too long"
+    if code == -signal.SIGKILL:
+        return "its decoder was killed (SIGKILL), most likely because memory ran out"
+    if code < 0:
+        return f"its decoder crashed ({signal.Signals(-code).name})"
+    return f"its decoder ended with exit code {code}"

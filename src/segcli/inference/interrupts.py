@@ -1,0 +1,63 @@
+"""Ctrl-C and SIGTERM: the first finishes what is in flight, the second ends at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType, TracebackType
+from typing import Any
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupts:
+    """Sets `stop` on the first signal, while it is entered.
+
+    Args:
+        stop: What the run looks at.
+        at_once: Called before a second signal ends the process.
+    """
+
+    def __init__(self, stop: threading.Event, at_once: Callable[[], None]) -> None:
+        self.number = 0  # of the first signal; 0 when there was none
+        self._stop = stop
+        self._at_once = at_once
+        self._raise = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def raising(self) -> Iterator[None]:
+        """In this block a signal raises KeyboardInterrupt: for slow work that leaves nothing half done."""
+        self._raise = True
+        try:
+            if self.number:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._raise = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.number:
+            self._at_once()
+            os._exit(128 + self.number)
+        self.number = number
+        self._stop.set()
+        if self._raise:
+            raise KeyboardInterrupt
+        start = b"\r\x1b[2K" if sys.stderr.isatty() else b""  # in place of the progress bar
+        os.write(2, start + b"Stopping after what is being computed now. Ctrl-C again stops at once.\n")

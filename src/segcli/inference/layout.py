@@ -1,0 +1,43 @@
+"""What an output folder looks like.
+
+masks/a/b.png             the mask of images/a/b.jpg
+masks/_overlay/a/b.jpg    and everything else, in folders that start with an underscore
+masks/_run/               manifest.jsonl, run.json, lock
+"""
+
+from __future__ import annotations
+
+from pathlib import Path, PurePosixPath
+
+RUN_FOLDER = "_run"
+RUN_FILE = "run.json"
+MANIFEST_FILE = "manifest.jsonl"
+LOCK_FILE = "lock"
+
+# What can be saved for an image: kind -> (folder below the output folder, suffix).
+PRODUCTS: dict[str, tuple[str, str]] = {
+    "mask": ("", ".png"),
+    "overlay": ("_overlay", ".jpg"),
+    "color": ("_color", ".png"),
+    "compare": ("_compare", ".png"),
+    "confidence": ("_confidence", ".png"),
+    "scores": ("_scores", ".npz"),
+}
+
+# Top-level names that are not masks. An input folder of such a name gets one underscore more.
+RESERVED = frozenset(
+    {RUN_FOLDER, "_polygons", "report.html", *(folder for folder, _ in PRODUCTS.values() if folder)}
+)
+
+
+def file_of(out: Path, output: str, kind: str) -> Path:
+    """Where a product lies: `output` is the mask's path below the output folder, such as "a/b.png"."""
+    folder, suffix = PRODUCTS[kind]
+    return out / folder / PurePosixPath(output).with_suffix(suffix)
+
+
+def mask_of(path: str) -> str:
+    """The `output` that a product belongs to: the inverse of `file_of`, below the output folder."""
+    first, _, rest = path.partition("/")
+    below = rest if first in RESERVED else path
+    return str(PurePosixPath(below).with_suffix(".png"))

@@ -1,0 +1,211 @@
+"""From an image to its label map: tensor, network, scores, classes.
+
+On the CPU every image is computed alone, so its result cannot depend on its neighbours, not even in the
+last bit. On a GPU images of one size are computed together; convolutions of different batch sizes may then
+differ in the last bits of the scores, and a pixel at the border between two classes may fall to the other.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from segcli.errors import ImageError
+from segcli.inference.decoders import Decoded
+from segcli.inference.products import encode_products
+from segcli.models.checkpoint import Model
+from segcli.models.preprocessing import to_tensor
+
+GPU_BATCH = 16  # images at a time where nothing else was asked for; halved when memory runs out
+BAND = 1 << 24  # scores that are resized at a time, whatever the size of the image
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What was found in one image, at the size at which it is displayed."""
+
+    labels: npt.NDArray[np.integer[Any]]  # (H, W) class ids, uint8, or uint16 above 256 classes
+    confidence: npt.NDArray[np.uint8] | None = None  # (H, W) probability of the class, 255 = certain
+    probabilities: npt.NDArray[np.float16] | None = None  # (C, H, W), sum 1 over C
+
+
+class Segmenter:
+    """The work of `segcli predict`, see `engine.Work`.
+
+    Args:
+        model: The network with its preprocessing and classes.
+        device: Where to compute.
+        kinds: What is to be saved, keys of `layout.PRODUCTS`.
+        batch_size: Images at a time; None lets the device decide. On the CPU it is always 1.
+        shorter_side: Overrides the size at which the network sees images.
+        opacity: Of the colours in overlays, 0 to 1.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        device: torch.device,
+        kinds: Sequence[str],
+        batch_size: int | None = None,
+        shorter_side: int | None = None,
+        opacity: float = 0.5,
+    ) -> None:
+        self.network = model.network.to(device)
+        self.device = device
+        self.classes = model.info.class_set
+        self.preprocessing = model.info.preprocessing
+        if shorter_side is not None:
+            self.preprocessing = replace(self.preprocessing, shorter_side=shorter_side)
+        self.batch_size = 1 if device.type == "cpu" else batch_size or GPU_BATCH
+        self.kinds = kinds
+        self.opacity = opacity
+
+    def compute(self, pictures: Iterator[Decoded]) -> Iterator[tuple[Decoded, Segmentation | ImageError]]:
+        """Every picture with its segmentation, or with the reason why there is none."""
+        for batch in self._batches(pictures):
+            start = time.perf_counter()
+            with torch.inference_mode():
+                scores = self.scores([tensor for _, tensor in batch])
+                results = [self._result(picture, s) for (picture, _), s in zip(batch, scores, strict=True)]
+            milliseconds = (time.perf_counter() - start) * 1e3 / len(batch)
+            for (picture, _), result in zip(batch, results, strict=True):
+                picture.milliseconds += milliseconds
+                yield picture, result
+
+    def encode(self, picture: Decoded, result: Segmentation) -> tuple[dict[str, bytes], dict[str, float]]:
+        """The files of a picture by kind, and the share of every class that occurs in it."""
+        assert picture.pixels is not None
+        files = encode_products(picture.pixels, result, self.classes, self.kinds, self.opacity)
+        counts = np.bincount(result.labels.ravel(), minlength=len(self.classes))
+        total = result.labels.size
+        shares = {
+            name: round(int(count) / total, 6)
+            for name, count in zip(self.classes.names, counts, strict=True)
+            if count
+        }
+        return files, shares
+
+    def _batches(self, pictures: Iterator[Decoded]) -> Iterator[list[tuple[Decoded, Tensor]]]:
+        """Pictures that the network sees at one size, together; large ones alone."""
+        waiting: dict[tuple[int, ...], list[tuple[Decoded, Tensor]]] = {}
+        for picture in pictures:
+            assert picture.pixels is not None
+            tensor = to_tensor(picture.pixels, self.preprocessing)
+            if picture.room:  # it occupies much memory, so it does not wait for others
+                yield [(picture, tensor)]
+                continue
+            group = waiting.setdefault(tuple(tensor.shape), [])
+            group.append((picture, tensor))
+            if len(group) >= self.batch_size:
+                yield waiting.pop(tuple(tensor.shape))
+            elif sum(map(len, waiting.values())) >= 4 * self.batch_size:
+                yield waiting.pop(max(waiting, key=lambda shape: len(waiting[shape])))
+        yield from waiting.values()
+
+    def scores(self, tensors: Sequence[Tensor]) -> list[Tensor | ImageError]:
+        """Scores (C, h, w) of inputs (1, 3, h, w) of one size; halves the batch when memory runs out."""
+        problem = ""
+        try:
+            return list(self.network(torch.cat(list(tensors)).to(self.device)))
+        except (RuntimeError, MemoryError) as error:
+            problem = str(error)
+            short_of_memory = is_out_of_memory(error)
+        # Out of the except block the memory of the failed attempt is free.
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(tensors) == 1:
+            height, width = tensors[0].shape[-2:]
+            if short_of_memory:
+                reason = f"there is not enough memory to compute {width} x {height} pixels; try --size 500"
+            else:
+                reason = f"the network cannot compute {width} x {height} pixels: {problem.splitlines()[0]}"
+            return [ImageError(reason)]
+        half = len(tensors) // 2
+        if short_of_memory:
+            self.batch_size = max(1, min(self.batch_size, half))
+        return self.scores(tensors[:half]) + self.scores(tensors[half:])
+
+    def _result(self, picture: Decoded, scores: Tensor | ImageError) -> Segmentation | ImageError:
+        if isinstance(scores, ImageError):
+            return scores
+        assert picture.pixels is not None
+        height, width = picture.pixels.shape[:2]
+        try:
+            return classify(scores, (height, width), "confidence" in self.kinds, "scores" in self.kinds)
+        except ImageError as error:
+            return error
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return ImageError(f"there is not enough memory for results of {width} x {height} pixels")
+
+
+def classify(
+    scores: Tensor, size: tuple[int, int], confidence: bool = False, probabilities: bool = False
+) -> Segmentation:
+    """The classes of an image from its scores.
+
+    Args:
+        scores: Before softmax, float (C, h, w), on any device.
+        size: (H, W) of the image. Scores of another size are resized to it bilinearly, a band of rows at a
+            time, before the classes are decided, so that borders are smooth.
+        confidence, probabilities: Also compute these.
+
+    Raises:
+        ImageError: A score is not a finite number.
+    """
+    height, width = size
+    count = scores.shape[0]
+    labels = np.empty(size, np.uint8 if count <= 256 else np.uint16)
+    certainty = np.empty(size, np.uint8) if confidence else None
+    shares = np.empty((count, *size), np.float16) if probabilities else None
+    rows = max(1, BAND // (count * width))
+    for top in range(0, height, rows):
+        band = slice(top, min(top + rows, height))
+        values = resized_rows(scores.float(), size, band)  # (C, rows, W)
+        best, winner = values.max(0)
+        if not torch.isfinite(best).all():
+            raise ImageError("the network gave scores that are not finite numbers; the model is damaged")
+        labels[band] = winner.cpu().numpy()
+        if certainty is not None or shares is not None:
+            soft = values.softmax(0)
+            if certainty is not None:
+                certainty[band] = (soft.amax(0) * 255).round().cpu().numpy()
+            if shares is not None:
+                shares[:, band] = soft.half().cpu().numpy()
+    return Segmentation(labels, certainty, shares)
+
+
+def resized_rows(scores: Tensor, size: tuple[int, int], rows: slice) -> Tensor:
+    """Some rows of scores (C, h, w) resized bilinearly to `size`, (C, len(rows), W).
+
+    Pixels are areas, as in `F.interpolate(align_corners=False)`: row y of H lies at (y + 0.5) * h / H - 0.5.
+    """
+    height, width = size
+    if (height, width) == scores.shape[1:]:
+        return scores[:, rows]
+    source = (torch.arange(rows.start, rows.stop, device=scores.device) + 0.5) * (scores.shape[1] / height)
+    source = (source - 0.5).clamp(min=0)
+    upper = source.long().clamp(max=scores.shape[1] - 1)
+    lower = (upper + 1).clamp(max=scores.shape[1] - 1)
+    share = (source - upper)[:, None]  # (rows, 1) of the lower row
+    mixed = scores[:, upper] * (1 - share) + scores[:, lower] * share  # (C, rows, w)
+    if width == scores.shape[2]:
+        return mixed
+    size_of_band = (mixed.shape[1], width)
+    return F.interpolate(mixed[None], size_of_band, mode="bilinear", align_corners=False)[0]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a computation failed for want of memory: on a GPU, or in PyTorch's CPU allocator."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return "out of memory" in str(error) or "can't allocate memory" in str(error)

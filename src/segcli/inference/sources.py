@@ -1,0 +1,452 @@
+"""Which files are inputs, and where their masks go.
+
+    parse(["photos/"], out="masks", ...)  -> Sources     wrong usage is found here, before anything slow
+    discover(sources, passed_over)        -> Input, ...  streams: one folder at a time, sorted by name
+
+The tree below the common folder of all sources is kept: photos/a/b.jpg -> a/b.png. The name of a mask
+depends on nothing but the folder that its image lies in, so the same photograph gets the same name
+whether its folder, a glob or the file itself is given, today or after a crash:
+
+    b.jpg                     -> b.png
+    b.jpg, b.png              -> b.jpg.png, b.png.png     two that would share a name keep theirs in full
+    A.jpg, a.jpg              -> A.jpg.png, a.jpg.png     names that differ in case or Unicode form, too
+    b.jpg, a folder "b.png"   -> b.jpg.png
+    notes.dat, given by name  -> notes.dat.png            a file given by name is always an input
+
+Paths are plain strings here: undecodable bytes in a name survive as surrogate escapes, and a hundred
+thousand of them stay cheap.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import os
+import re
+import stat
+import sys
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import BinaryIO
+
+from segcli.errors import UsageError
+from segcli.files import TEMPORARY_PREFIX
+from segcli.inference.layout import RESERVED, RUN_FILE, RUN_FOLDER
+
+LONGEST_NAME = 255  # bytes, on every file system in common use
+MASK_SUFFIX = ".png"
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One file to segment."""
+
+    source: str  # the path to open, as the user would write it
+    output: str  # where its mask goes, below the output folder, with "/": "a/b.png"
+    problem: str = ""  # the reason why it cannot be read, where looking at the folder was enough to know
+
+
+@dataclass
+class PassedOver:
+    """What lay in the folders and is no input: counted, so that nothing is missing silently."""
+
+    suffixes: Counter[str] = field(default_factory=Counter)  # files of other types
+    hidden: int = 0  # files and folders whose name starts with a dot
+    outputs: int = 0  # folders that segcli has written
+    links: int = 0  # links to folders that are read anyway, or that lead round in a circle
+
+    def describe(self) -> str:
+        """One line for people, or "" when nothing was passed over."""
+        parts = []
+        total = self.suffixes.total()
+        if total:
+            names = [
+                f"{count} {suffix or 'without suffix'}" for suffix, count in self.suffixes.most_common(4)
+            ]
+            if len(self.suffixes) > len(names):
+                names.append("...")
+            parts.append(f"{_plural(total, 'file')} of other types ({', '.join(names)})")
+        if self.hidden:
+            parts.append(f"{self.hidden} hidden")
+        if self.outputs:
+            parts.append(f"{_plural(self.outputs, 'output folder')} of segcli")
+        if self.links:
+            parts.append(f"{_plural(self.links, 'link')} to folders that are read anyway")
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What `discover` reads. Made by `parse`."""
+
+    entries: tuple[tuple[str, str], ...]  # ("folder" | "file" | "glob", path), or one ("list", path or "-")
+    base: str  # absolute; the tree below it is kept
+    out: str  # absolute and without links; nothing inside it is ever an input
+    suffixes: frozenset[str]  # lower-case suffixes of images, with the dot
+
+
+def parse(sources: Sequence[str], list_file: str | None, out: str, suffixes: frozenset[str]) -> Sources:
+    """Check the sources of the command line and find the folder below which the tree is kept.
+
+    Args:
+        sources: Files, folders, globs, or a single "-" for a list of paths on stdin.
+        list_file: A file with one path per line (or NUL-separated), instead of sources.
+        out: The output folder; it need not exist.
+        suffixes: Lower-case suffixes of the files that count as images inside folders.
+
+    Raises:
+        UsageError: A source does not exist or is no file or folder, or the output folder meets an input.
+    """
+    if (list_file is not None) == bool(sources):
+        raise UsageError(
+            "give either SOURCE (files, folders, globs, or - for a list on stdin) or --list FILE"
+        )
+    out = os.path.realpath(out)
+    if list_file is not None:
+        if not os.path.isfile(list_file):
+            raise UsageError(f"--list {list_file}: no such file{_nearest(list_file)}")
+        return Sources((("list", list_file),), os.getcwd(), out, suffixes)
+    if "-" in sources:
+        if len(sources) > 1:
+            raise UsageError(
+                "- (paths on stdin) cannot be combined with other sources; put those on stdin as well"
+            )
+        return Sources((("list", "-"),), os.getcwd(), out, suffixes)
+
+    unique = {os.path.abspath(source): source for source in reversed(sources)}
+    entries = [(_kind(source), source) for source in reversed(unique.values())]
+    anchors = [_anchor(kind, source) for kind, source in entries]
+    for anchor, (kind, source) in zip(anchors, entries, strict=True):
+        real = os.path.realpath(anchor)
+        if real == out:
+            raise UsageError(
+                f"--out {out} is the folder of the input {source}; inputs are never written over. "
+                f"Choose another one, e.g. --out {os.path.join(os.path.dirname(out), 'masks')}"
+            )
+        if _inside(real, out):
+            raise UsageError(
+                f"--out {out} contains the input {source}; what lies in the output folder is never an input. "
+                f"Choose another one, e.g. --out {os.path.join(out, 'masks')}"
+            )
+        if kind != "file" and _inside(out, real) and _holds_foreign_images(out, suffixes):
+            raise UsageError(
+                f"--out {out} lies inside the input {source} and holds images that segcli did not write. "
+                "Choose a new or empty folder."
+            )
+    base = os.path.commonpath(anchors)
+    folders = [os.path.abspath(path) for kind, path in entries if kind == "folder"]
+    kept = [
+        (kind, path)
+        for (kind, path), anchor in zip(entries, anchors, strict=True)
+        if not any(_inside(os.path.abspath(path), folder) for folder in folders)  # it is found there
+    ]
+    return Sources(tuple(kept), base, out, suffixes)
+
+
+def discover(sources: Sources, passed_over: PassedOver) -> Iterator[Input]:
+    """Yield the inputs one by one: sources as given, folders sorted by name, files before sub-folders.
+
+    Memory holds the names of one folder at a time. What cannot be read (a broken link, a FIFO, a folder
+    without permission) is yielded with its `problem`; what is no image by its suffix is counted in
+    `passed_over`.
+    """
+    seen: set[tuple[int, int]] = set()  # folders reached through links
+    for kind, path in sources.entries:
+        if kind == "folder":
+            yield from _walk(path, sources, passed_over, seen)
+        elif kind == "glob":
+            root = _fixed_part(path)
+            pattern = os.path.relpath(path, root).split(os.sep)
+            for found in _walk(root, sources, passed_over, seen):
+                if _matches(os.path.relpath(found.source, root).split(os.sep), pattern):
+                    yield found
+        elif kind == "file":
+            yield _by_name(path, sources)
+        else:
+            done: set[bytes] = set()
+            for line in _listed(path):
+                key = hashlib.blake2b(os.fsencode(os.path.abspath(line)), digest_size=8).digest()
+                if key not in done:
+                    done.add(key)
+                    yield _by_name(line, sources)
+
+
+def name_masks(images: Iterable[str], folders: Iterable[str] = ()) -> dict[str, str]:
+    """Names for the masks of one folder's images: image name -> mask name.
+
+    Args:
+        images: The names of the images in the folder.
+        folders: The names of its sub-folders, which masks must not take.
+    """
+    length = dict.fromkeys(images, 0)  # 0: the stem; 1, 2, ...: the full name and as many suffixes
+    taken = Counter(_fold(name) for name in folders)
+    while True:
+        wanted = {name: _candidate(name, n) for name, n in length.items()}
+        uses = taken + Counter(map(_fold, wanted.values()))
+        crowded = sorted((n for n, mask in wanted.items() if uses[_fold(mask)] > 1), key=length.__getitem__)
+        # Full names that differ in case only stay as they are: no name that is made from them differs more.
+        given: set[str] = set()
+        longer = []
+        for name in crowded:
+            mask = wanted[name]
+            if length[name] == 0 or _fold(mask) in taken or mask in given:
+                longer.append(name)
+            given.add(mask)
+        if not longer:
+            return wanted
+        for name in longer:
+            length[name] += 1
+
+
+def _candidate(name: str, length: int) -> str:
+    return _fit((os.path.splitext(name)[0] if length == 0 else name) + MASK_SUFFIX * max(1, length))
+
+
+def _fit(name: str) -> str:
+    """The name itself, or, when no file system would take it, its start and a hash of the whole."""
+    if len(name) * 4 <= LONGEST_NAME or len(os.fsencode(name)) <= LONGEST_NAME:
+        return name
+    mark = "~" + hashlib.sha256(os.fsencode(name)).hexdigest()[:8] + MASK_SUFFIX
+    stem = name
+    while len(os.fsencode(stem)) + len(mark) > LONGEST_NAME:
+        stem = stem[:-1]
+    return stem + mark
+
+
+def _fold(name: str) -> str:
+    """What a file system that ignores case and Unicode form makes of a name."""
+    return name.lower() if name.isascii() else unicodedata.normalize("NFC", name).casefold()
+
+
+def _walk(
+    root: str, sources: Sources, passed_over: PassedOver, seen: set[tuple[int, int]]
+) -> Iterator[Input]:
+    real_root = os.path.realpath(root)
+    root_is_output = _is_output(root)
+    pending = [root]
+    while pending:
+        folder = pending.pop()
+        below = os.path.relpath(os.path.abspath(folder), sources.base)
+        try:
+            with os.scandir(folder) as scan:
+                entries = sorted(scan, key=lambda entry: entry.name)
+        except OSError as error:
+            yield Input(folder, _output(below, ""), f"the folder cannot be listed: {error.strerror}")
+            continue
+
+        images: list[os.DirEntry[str]] = []
+        subfolders: list[os.DirEntry[str]] = []
+        for entry in entries:
+            if entry.name.startswith("."):
+                passed_over.hidden += not entry.name.startswith(TEMPORARY_PREFIX)
+            elif _is_folder(entry):
+                subfolders.append(entry)
+            elif (suffix := os.path.splitext(entry.name)[1].lower()) in sources.suffixes:
+                images.append(entry)
+            else:
+                passed_over.suffixes[suffix] += 1
+
+        names = name_masks((entry.name for entry in images), (entry.name for entry in subfolders))
+        for entry in images:
+            if entry.is_symlink() and _inside(os.path.realpath(entry.path), sources.out):
+                passed_over.outputs += 1
+            else:
+                yield Input(entry.path, _output(below, names[entry.name]), _problem(entry.path))
+
+        for entry in reversed(subfolders):
+            beside_masks = folder == root and root_is_output and entry.name.startswith("_")
+            if beside_masks or os.path.realpath(entry.path) == sources.out or _is_output(entry.path):
+                passed_over.outputs += 1
+            elif entry.is_symlink() and _leads_back(entry, real_root, sources.out, seen):
+                passed_over.links += 1
+            else:
+                pending.append(entry.path)
+
+
+def _by_name(path: str, sources: Sources) -> Input:
+    """An input that was given by its name: on the command line or in a list."""
+    folder, name = os.path.split(path)
+    below = _below(os.path.abspath(folder), sources.base)
+    names = _names_in(folder or ".", sources.suffixes)
+    mask = names.get(name)
+    for length in range(1, 10):  # a file of another type, or a hidden one: its full name, after all others
+        if mask is not None:
+            break
+        candidate = _candidate(name, length)
+        mask = candidate if candidate not in names.values() else None
+    problem = _problem(path)
+    if not problem and _inside(os.path.realpath(path), sources.out):
+        problem = "lies in the output folder, and outputs are never inputs"
+    return Input(path, _output(below, mask or name), problem)
+
+
+@functools.lru_cache(maxsize=32)
+def _names_in(folder: str, suffixes: frozenset[str]) -> dict[str, str]:
+    try:
+        with os.scandir(folder) as scan:
+            entries = [entry for entry in scan if not entry.name.startswith(".")]
+    except OSError:
+        return {}
+    folders = [entry.name for entry in entries if _is_folder(entry)]
+    images = [
+        entry.name
+        for entry in entries
+        if not _is_folder(entry) and os.path.splitext(entry.name)[1].lower() in suffixes
+    ]
+    return name_masks(sorted(images), folders)
+
+
+def _listed(path: str) -> Iterator[str]:
+    """The paths of a list: separated by NUL if it holds one, else by newlines; "-" is stdin."""
+    if path == "-":
+        yield from _split(sys.stdin.buffer)
+    else:
+        with open(path, "rb") as file:
+            yield from _split(file)
+
+
+def _split(stream: BinaryIO) -> Iterator[str]:
+    read = getattr(stream, "read1", stream.read)
+    rest = b""
+    separator = b""
+    while chunk := read(1 << 16):
+        rest += chunk
+        if not separator:
+            separator = b"\0" if b"\0" in rest else b"\n" if b"\n" in rest else b""
+        if separator:
+            *lines, rest = rest.split(separator)
+            yield from _paths(lines, separator)
+    yield from _paths([rest], separator)
+
+
+def _paths(lines: Iterable[bytes], separator: bytes) -> Iterator[str]:
+    for line in lines:
+        if path := line if separator == b"\0" else line.rstrip(b"\r"):
+            yield os.fsdecode(path)
+
+
+def _kind(source: str) -> str:
+    if os.path.isdir(source):
+        return "folder"
+    if os.path.isfile(source):
+        return "file"
+    if os.path.lexists(source):
+        raise UsageError(f"{source} is {_problem(source)}; give files, folders or globs")
+    if re.search(r"[*?\[]", source) and os.path.isdir(_fixed_part(source)):
+        return "glob"
+    raise UsageError(f"no such file or folder: {source}{_nearest(source)}")
+
+
+def _nearest(path: str) -> str:
+    folder, name = os.path.split(os.path.normpath(path))
+    try:
+        near = difflib.get_close_matches(name, os.listdir(folder or "."), 1)
+    except OSError:
+        return f" (there is no folder {folder} either)"
+    return f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
+
+
+def _anchor(kind: str, source: str) -> str:
+    """The folder below which the tree of one source is kept."""
+    if kind == "folder":
+        return os.path.abspath(source)
+    return os.path.abspath(os.path.dirname(source) if kind == "file" else _fixed_part(source))
+
+
+def _fixed_part(pattern: str) -> str:
+    """The folder before the first wildcard of a glob."""
+    parts = pattern.split(os.sep)
+    first = next(number for number, part in enumerate(parts) if re.search(r"[*?\[]", part))
+    return os.sep.join(parts[:first]) or (os.sep if pattern.startswith(os.sep) else ".")
+
+
+def _matches(path: list[str], pattern: list[str]) -> bool:
+    """Whether a path, or a folder above it, matches: photos/* takes the folders in photos, as in a shell."""
+    if not pattern:
+        return True
+    if not path:
+        return pattern == ["**"]
+    if pattern[0] == "**":
+        return _matches(path, pattern[1:]) or _matches(path[1:], pattern)
+    return fnmatchcase(path[0], pattern[0]) and _matches(path[1:], pattern[1:])
+
+
+def _output(below: str, name: str) -> str:
+    """Join the folder below the base and the mask's name, keeping clear of the names that segcli uses."""
+    if below == os.curdir:
+        return name
+    parts = below.split(os.sep)
+    if _fold(parts[0]) in RESERVED:
+        parts[0] += "_"
+    return "/".join([*parts, name])
+
+
+def _below(folder: str, base: str) -> str:
+    """The folder relative to the base; a folder elsewhere keeps its whole path, without the root."""
+    if folder == base or _inside(folder, base):
+        return os.path.relpath(folder, base)
+    return os.path.splitdrive(folder)[1].lstrip(os.sep) or os.curdir
+
+
+def _inside(path: str, folder: str) -> bool:
+    return path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads to itself
+        return False
+
+
+def _is_output(folder: str) -> bool:
+    return os.path.isfile(os.path.join(folder, RUN_FOLDER, RUN_FILE))
+
+
+def _leads_back(link: os.DirEntry[str], real_root: str, out: str, seen: set[tuple[int, int]]) -> bool:
+    """Whether a link leads to a folder that is read anyway, was read already, or holds this walk."""
+    real = os.path.realpath(link.path)
+    if real == real_root or _inside(real, real_root) or _inside(real_root, real) or _inside(real, out):
+        return True
+    status = link.stat()
+    key = (status.st_dev, status.st_ino)
+    if key in seen:
+        return True
+    seen.add(key)
+    return False
+
+
+def _holds_foreign_images(out: str, suffixes: frozenset[str]) -> bool:
+    if not os.path.isdir(out) or os.path.isdir(os.path.join(out, RUN_FOLDER)):
+        return False
+    return any(
+        os.path.splitext(name)[1].lower() in suffixes for _, _, names in os.walk(out) for name in names
+    )
+
+
+def _problem(path: str) -> str:
+    """Why a path can be no input, or ""."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return "a link to a file that does not exist" if os.path.islink(path) else "no such file"
+    except OSError as error:
+        return f"cannot be opened: {error.strerror}"
+    if stat.S_ISREG(mode):
+        return ""
+    kinds = {
+        stat.S_IFDIR: "a folder",
+        stat.S_IFIFO: "a named pipe (FIFO)",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    return f"{kinds.get(stat.S_IFMT(mode), 'a special file')}, not a file"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("" if count == 1 else "s")
