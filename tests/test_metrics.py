@@ -228,6 +228,15 @@ def test_an_image_without_labels_counts_nothing() -> None:
     assert np.isnan(counts.f_score()).all()
 
 
+def test_void_may_be_predicted_as_void() -> None:
+    labels = np.zeros((300, 400), np.uint8)
+    labels[:, 200:] = 1
+    labels[:, 199:202] = 255
+    counts = boundary_counts(labels, labels.copy(), 2)
+    assert counts.iou() == pytest.approx([1, 1])
+    assert counts.f_score() == pytest.approx([1, 1])
+
+
 def test_one_sided_outlines_score_zero() -> None:
     labels = np.zeros((60, 80), np.uint8)
     labels[20:40, 20:40] = 1

@@ -75,7 +75,8 @@ def boundary_counts(labels: Ids, predictions: Ids, num_classes: int, ignore: int
     """The counts of one image.
 
     Args:
-        labels, predictions: uint8 (H, W) class ids; `ignore` in the labels, never in the predictions.
+        labels, predictions: uint8 (H, W) class ids. Where the labels have `ignore`, predictions may be
+            anything.
     """
     void = labels == ignore
     diagonal = math.hypot(*labels.shape)
@@ -116,6 +117,9 @@ def _outline_counts(
         ids_by_label = np.zeros(nearest.max() + 1, np.uint8)
         ids_by_label[nearest[~void]] = labels[~void]
         labels = ids_by_label[nearest]  # every void pixel gets the class of the nearest labelled one
+        predictions = np.where(
+            predictions < num_classes, predictions, labels
+        )  # void may be predicted as void
         counted = away <= distance
     outline, outline_found = _outline(labels) & counted, _outline(predictions) & counted
     result = np.zeros((4, num_classes), np.int64)

@@ -57,6 +57,18 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
             raise
 
 
+def require_writable(folder: Path) -> None:
+    """Make an output folder and try it, before hours are spent on what goes there.
+
+    Raises:
+        MachineError: It cannot be made, or nothing can be written to it.
+    """
+    with machine_errors(folder, "write to"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=TEMPORARY_PREFIX, dir=folder):
+            pass
+
+
 def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's content."""
     with path.open("rb") as file:

@@ -11,6 +11,9 @@ from typing import Annotated, Any
 import typer
 
 from segcli import __version__
+from segcli.cli.evaluate import evaluate
+from segcli.cli.inspect import inspect
+from segcli.cli.predict import predict
 from segcli.cli.train import train
 from segcli.errors import SegcliError
 
@@ -40,13 +43,14 @@ def _common(
     """Segment folders of images with fully convolutional networks (FCN)."""
 
 
-
-
+app.command()(predict)
 app.command()(train)
+app.command()(evaluate)
+app.command()(inspect)
 
 
 def main(argv: Sequence[str] | None = None) -> Any:
-    """Run the command line and exit: 0 done, 1 some inputs failed, 2 usage, 3 machine, 130/143 interrupted."""
+    """Run the command line and exit: 0 done, 1 some inputs failed, 2 usage, 3 machine, 130 or 143 stopped."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     verbose = "--verbose" in arguments or "-v" in arguments
     try:
