@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from segcli.errors import CheckpointError, UsageError
@@ -45,12 +45,13 @@ def released_fcn8s(x: Tensor, p: dict[str, Tensor], scales: tuple[float, float] 
     def conv(x: Tensor, name: str, padding: int = 0) -> Tensor:
         return F.conv2d(x, p[name + ".weight"], p[name + ".bias"], padding=padding)
 
+    pools = []
     for stage, count in enumerate((2, 2, 3, 3, 3), 1):
         for n in range(1, count + 1):
             x = F.relu(conv(x, f"conv{stage}_{n}", 100 if (stage, n) == (1, 1) else 1))
         x = F.max_pool2d(x, 2, 2, ceil_mode=True)
-        pool3 = x if stage == 3 else pool3 if stage > 3 else x
-        pool4 = x if stage == 4 else pool4 if stage > 4 else x
+        pools.append(x)
+    _, _, pool3, pool4, _ = pools
     x = F.relu(conv(F.relu(conv(x, "fc6")), "fc7"))
     up2 = F.conv_transpose2d(conv(x, "score_fr"), p["upscore2.weight"], stride=2)
     h, w = up2.shape[2:]
@@ -119,6 +120,27 @@ def test_encoder_networks_take_any_size(encoder: str) -> None:
             strides = [-(-height // s) for s in (32, 16, 8)]
             pyramid = network.score_pyramid(torch.zeros(1, 3, height, width))
             assert [s.shape[2] for s in pyramid] == strides
+
+
+def test_previews_lie_where_the_coarser_networks_put_their_output() -> None:
+    """Without their skips, FCN-8s and FCN-16s are FCN-32s but for the path of the upsampling."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 70, 45)
+    coarse = thin(32)
+    with torch.no_grad():
+        (scores,) = coarse.score_pyramid(x)
+        expected = coarse.upsample(scores, (70, 45))  # fixed at its bilinear start
+        inside = (..., slice(16, -16), slice(16, -16))
+        for stride in (32, 16, 8):
+            found = thin(stride).preview(scores, 32, (70, 45))
+            assert found.shape == expected.shape
+            torch.testing.assert_close(found[inside], expected[inside])
+    encoder = get("fcn8s-resnet18", 2).eval()
+    with torch.no_grad():
+        pyramid = encoder.score_pyramid(x)
+        for stride, scores in zip((32, 16, 8), pyramid, strict=True):
+            assert encoder.preview(scores, stride, (70, 45)).shape == (1, 2, 70, 45)
+        torch.testing.assert_close(encoder.preview(pyramid[-1], 8, (70, 45)), encoder(x))
 
 
 def test_variants_differ_by_their_skips_only() -> None:

@@ -9,5 +9,7 @@ import typer
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only warnings and errors.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print more, and tracebacks of errors.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout; text goes to stderr.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N or mps. auto takes a GPU when there is one.")]
+Device = Annotated[
+    str, typer.Option(help="auto, cpu, cuda, cuda:N or mps; auto takes a GPU when there is one.")
+]
 Model = Annotated[str, typer.Option("--model", "-m", help="A name of `segcli models list`, or a model file.")]

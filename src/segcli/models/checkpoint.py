@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from segcli.errors import CheckpointError, UsageError
 from segcli.files import sha256, write_atomic
+from segcli.models.fcn import Network
 from segcli.models.networks import get
 from segcli.models.preprocessing import Preprocessing
 from segcli.palettes import ClassSet
@@ -68,7 +69,7 @@ class ModelInfo:
 class Model:
     """A network with its weights, in evaluation mode, and what is known about it."""
 
-    network: nn.Module
+    network: Network
     info: ModelInfo
     path: Path
     sha256: str

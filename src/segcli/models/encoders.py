@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from segcli.models.fcn import FCN, Alignment, Channels, Features
@@ -58,7 +59,8 @@ class EncoderFCN(FCN):
         row = ENCODERS[encoder]
         super().__init__(num_classes, row.channels, stride, Alignment())
         nodes = dict(zip(row.nodes, Features._fields, strict=True))
-        self.encoder = create_feature_extractor(get_model(encoder, weights=None), nodes)
+        with torch.device("cpu"):  # RegNet computes its widths with tensors, which "meta" cannot
+            self.encoder = create_feature_extractor(get_model(encoder, weights=None), nodes)
         self.dropout = nn.Dropout2d(0.1)
 
     def features(self, images: Tensor) -> Features:

@@ -207,6 +207,23 @@ class FCN(Network):
         cropped: Tensor = full[..., top : top + size[0], left : left + size[1]]
         return cropped
 
+    def preview(self, scores: Tensor, stride: int, size: tuple[int, int]) -> Tensor:
+        """Scores of the pyramid at any of its strides, interpolated straight to the image's size (H, W).
+
+        This is what the net would give without its finer skips. A coarse map starts where the finest one
+        starts, but fewer transposed convolutions push it outwards by less.
+        """
+        offset = 0
+        if not self.alignment.trimmed:
+            doublings = (stride // self.stride).bit_length() - 1
+            stepwise = [Window(4, stride=2)] * doublings + [Window(2 * self.stride, stride=self.stride)]
+            at_once = [Window(2 * stride, stride=stride)]
+            shift = position(Fraction(0), up=stepwise) - position(Fraction(0), up=at_once)
+            # F.interpolate is the transposed convolution with half a stride trimmed off at every side.
+            offset = int(self.alignment.output - shift) - stride // 2
+        full = F.interpolate(scores, scale_factor=stride, mode="bilinear", align_corners=False)
+        return full[..., offset : offset + size[0], offset : offset + size[1]]
+
 
 def fuse(coarse: Tensor, fine: Tensor, offset: int) -> Tensor:
     """Add upsampled coarse scores to the fine scores that lie under them, `offset` pixels in."""
