@@ -215,9 +215,7 @@ def _lock(lock: IO[str], out: Path) -> None:
     except BlockingIOError:
         lock.seek(0)
         holder = lock.read().strip() or "another process"
-        raise UsageError(
-            f"{out} is being written to by {holder}; wait for it, or choose another --out"
-        ) from None
+        raise UsageError(f"{out} is in use by {holder}; wait for it, or choose another --out") from None
     except OSError:
         return  # a file system without locks
     lock.seek(0)
@@ -260,7 +258,7 @@ def refuse_other_settings(out: Path, settings: Mapping[str, Any]) -> None:
     if not isinstance(before, dict) or before == settings:
         return
     names = sorted(name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name))
-    changes = ", ".join(
+    changes = "; ".join(
         f"{name} {_short(before.get(name))}, now {_short(settings.get(name))}" for name in names
     )
     raise UsageError(

@@ -28,7 +28,7 @@ import stat
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import BinaryIO
@@ -36,6 +36,8 @@ from typing import BinaryIO
 from segcli.errors import UsageError
 from segcli.files import TEMPORARY_PREFIX
 from segcli.inference.layout import RESERVED, RUN_FILE, RUN_FOLDER
+
+NamesIn = Callable[[str, frozenset[str]], dict[str, str]]
 
 LONGEST_NAME = 255  # bytes, on every file system in common use
 MASK_SUFFIX = ".png"
@@ -155,6 +157,7 @@ def discover(sources: Sources, passed_over: PassedOver) -> Iterator[Input]:
     `passed_over`.
     """
     seen: set[tuple[int, int]] = set()  # folders reached through links
+    names_in = functools.lru_cache(maxsize=32)(_names_in)
     for kind, path in sources.entries:
         if kind == "folder":
             yield from _walk(path, sources, passed_over, seen)
@@ -165,14 +168,14 @@ def discover(sources: Sources, passed_over: PassedOver) -> Iterator[Input]:
                 if _matches(os.path.relpath(found.source, root).split(os.sep), pattern):
                     yield found
         elif kind == "file":
-            yield _by_name(path, sources)
+            yield _by_name(path, sources, names_in)
         else:
             done: set[bytes] = set()
             for line in _listed(path):
                 key = hashlib.blake2b(os.fsencode(os.path.abspath(line)), digest_size=8).digest()
                 if key not in done:
                     done.add(key)
-                    yield _by_name(line, sources)
+                    yield _by_name(line, sources, names_in)
 
 
 def name_masks(images: Iterable[str], folders: Iterable[str] = ()) -> dict[str, str]:
@@ -195,7 +198,8 @@ def name_masks(images: Iterable[str], folders: Iterable[str] = ()) -> dict[str, 
             mask = wanted[name]
             if length[name] == 0 or _fold(mask) in taken or mask in given:
                 longer.append(name)
-            given.add(mask)
+            else:
+                given.add(mask)
         if not longer:
             return wanted
         for name in longer:
@@ -267,11 +271,11 @@ def _walk(
                 pending.append(entry.path)
 
 
-def _by_name(path: str, sources: Sources) -> Input:
+def _by_name(path: str, sources: Sources, names_in: NamesIn) -> Input:
     """An input that was given by its name: on the command line or in a list."""
     folder, name = os.path.split(path)
     below = _below(os.path.abspath(folder), sources.base)
-    names = _names_in(folder or ".", sources.suffixes)
+    names = names_in(folder or ".", sources.suffixes)
     mask = names.get(name)
     for length in range(1, 10):  # a file of another type, or a hidden one: its full name, after all others
         if mask is not None:
@@ -284,7 +288,6 @@ def _by_name(path: str, sources: Sources) -> Input:
     return Input(path, _output(below, mask or name), problem)
 
 
-@functools.lru_cache(maxsize=32)
 def _names_in(folder: str, suffixes: frozenset[str]) -> dict[str, str]:
     try:
         with os.scandir(folder) as scan:
