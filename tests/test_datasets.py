@@ -293,6 +293,18 @@ def test_a_folder_without_splits_holds_one_tenth_out_by_name(tmp_path: Path) -> 
     assert len(open_data(tmp_path, "train+val").samples) == 30
 
 
+def test_any_split_can_be_divided_by_name(tmp_path: Path) -> None:
+    for number in range(30):
+        photo(tmp_path / f"images/{number}.jpg")
+        mask(tmp_path / f"masks/{number}.png", [[0, 1], [0, 0]])
+    whole = set(open_data(tmp_path, "all").samples)
+    held, rest = open_data(tmp_path, "all:val").samples, open_data(tmp_path, "all:train").samples
+    assert (len(held), len(rest)) == (3, 27)
+    assert set(held) | set(rest) == whole
+    with pytest.raises(UsageError, match="no split 'all:dev'"):
+        open_data(tmp_path, "all:dev")
+
+
 def test_lists_of_names_beside_images_and_masks_are_the_splits(tmp_path: Path) -> None:
     for name in ("a b", "c"):
         photo(tmp_path / f"images/{name}.jpg")

@@ -13,7 +13,7 @@ import platformdirs
 from PIL import Image
 
 from segcli.data import own, public
-from segcli.data.layout import IDENTITY, Layout, Part
+from segcli.data.layout import IDENTITY, Layout, Part, held_out
 from segcli.data.layout import Sample as Sample
 from segcli.errors import ImageError, MachineError, UsageError
 from segcli.images import FORMATS, read_color_map, read_label_map
@@ -134,7 +134,8 @@ def open_data(name_or_path: str | Path, split: str, root: Path | None = None) ->
     Args:
         name_or_path: A name of `KNOWN`, a folder, a list file or a TOML description. A name wins over a
             folder of the same name; write `./voc` for the folder.
-        split: One of the set's splits; several are joined with `+`.
+        split: One of the set's splits; several are joined with `+`. `NAME:val` is the tenth of a split's
+            images with the lowest hashes of their names, `NAME:train` the others.
         root: The folder of a known set, instead of the places in `search_places`.
 
     Raises:
@@ -144,10 +145,12 @@ def open_data(name_or_path: str | Path, split: str, root: Path | None = None) ->
     layout, folder = find_data(name_or_path, root)
     there = layout.splits(folder)
     wanted = split.split("+")
+    parts = {}
     for name in wanted:
-        if name not in there:
+        whole, _, tenths = name.partition(":")
+        if whole not in there or tenths not in ("", "train", "val"):
             raise UsageError(f"{folder} has no split {name!r}; it has {', '.join(there) or 'none'}")
-    parts = {name: layout.read(folder, name) for name in wanted}
+        parts[name] = held_out(layout.read(folder, whole), tenths)
     samples = _joined(parts)
     if not samples:
         raise UsageError(f"split {split} of {folder} has no image with a label")
