@@ -19,7 +19,8 @@ from torch import Tensor
 
 from segcli.errors import CheckpointError, UsageError
 from segcli.models.caffe import read_caffemodel
-from segcli.models.checkpoint import METADATA_KEY, ModelInfo, check, save_model
+from segcli.models.checkpoint import check, save_model
+from segcli.models.info import METADATA_KEY, ModelInfo
 from segcli.models.key_maps import SOURCES, Foreign, from_caffe
 from segcli.models.networks import NETWORKS, get
 from segcli.models.pickles import load_pickle

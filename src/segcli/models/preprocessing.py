@@ -1,19 +1,21 @@
-"""From an image as displayed to what a network was trained on. It travels with the weights."""
+"""From an image as displayed to what a network was trained on. It travels with the weights.
+
+Functions import torch, OpenCV and Pillow when they run: what a model file says must be readable without them.
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import cv2
 import numpy as np
 import numpy.typing as npt
-import torch
-from PIL import Image
-from torch import Tensor
 
 from segcli.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -75,6 +77,9 @@ def network_size(height: int, width: int, preprocessing: Preprocessing) -> tuple
 
 def resize(image: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
     """An image, uint8 (H, W, 3), at the size at which the network sees it."""
+    import cv2
+    from PIL import Image
+
     height, width = network_size(image.shape[0], image.shape[1], preprocessing)
     if (height, width) == image.shape[:2]:
         return image
@@ -87,6 +92,8 @@ def resize(image: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.ND
 
 def resize_labels(labels: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
     """A label map, uint8 (H, W), at the size at which the network sees its image; never interpolated."""
+    import cv2
+
     height, width = network_size(labels.shape[0], labels.shape[1], preprocessing)
     if (height, width) == labels.shape:
         return labels
@@ -96,6 +103,8 @@ def resize_labels(labels: npt.NDArray[np.uint8], preprocessing: Preprocessing) -
 
 def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     """RGB images, uint8 (N, 3, H, W), as the network's input, float32 of the same shape and device."""
+    import torch
+
     if preprocessing.order == "BGR":
         images = images.flip(1)
     mean = torch.tensor(preprocessing.mean, device=images.device).view(3, 1, 1)
@@ -105,5 +114,7 @@ def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
 
 def to_tensor(image: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> Tensor:
     """An image, uint8 (H, W, 3) RGB, as the network's input, float32 (1, 3, H', W')."""
+    import torch
+
     resized = np.ascontiguousarray(resize(image, preprocessing))
     return normalize(torch.from_numpy(resized).permute(2, 0, 1)[None], preprocessing)
