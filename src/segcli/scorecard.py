@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from segcli.data.sets import IGNORE
-from segcli.evaluation import Evaluation
+from segcli.evaluation import Evaluation, Ids
 from segcli.images import read_image
 from segcli.metrics import Counts, Fractions, mean, ratio
 from segcli.palettes import ClassSet
@@ -107,16 +107,28 @@ def worst_picture(result: Evaluation, with_images: bool) -> Pixels:
         title = f"{bad.sample.name}  mean IU {-100 * bad.badness:.1f}"
         shown = np.where(bad.truth == IGNORE, IGNORE, bad.predicted).astype(np.uint8)
         if with_images:
-            image = read_image(bad.sample.image).pixels
-            row = [
-                (title, image),
-                ("label", overlay(image, bad.truth, palette, 0.7)),
-                ("prediction", overlay(image, bad.predicted, palette, 0.7)),
-            ]
+            rows.append(panels(title, read_image(bad.sample.image).pixels, bad.truth, bad.predicted, palette))
         else:
             row = [(title, colorize(bad.truth, palette)), ("prediction", colorize(shown, palette))]
-        rows.append([(text, _shrunk(picture)) for text, picture in row])
+            rows.append([(text, _shrunk(picture)) for text, picture in row])
     return grid(rows)
+
+
+def panels(title: str, image: Pixels, truth: Ids, predicted: Ids, palette: Pixels) -> list[tuple[str, Pixels]]:
+    """A row for `render.grid`: image, label and prediction side by side, in a size to compare them.
+
+    Args:
+        title: Stands above the image.
+        image: uint8 (H, W, 3).
+        truth, predicted: Class ids, uint8 (H, W).
+        palette: uint8 (256, 3).
+    """
+    row = [
+        (title, image),
+        ("label", overlay(image, truth, palette, 0.7)),
+        ("prediction", overlay(image, predicted, palette, 0.7)),
+    ]
+    return [(text, _shrunk(picture)) for text, picture in row]
 
 
 def _shrunk(picture: Pixels) -> Pixels:
