@@ -20,9 +20,10 @@ from segcli.errors import CheckpointError, UsageError
 from segcli.files import write_atomic
 from segcli.images import read_image
 from segcli.metrics import confusion_matrix, scores
-from segcli.models.checkpoint import ModelInfo, fill, save_model
+from segcli.models.checkpoint import fill, save_model
 from segcli.models.encoders import ENCODERS
 from segcli.models.fcn import Network
+from segcli.models.info import ModelInfo
 from segcli.models.networks import get
 from segcli.models.preprocessing import IMAGENET_MEAN, Preprocessing, to_tensor
 from segcli.models.zoo import open_model
