@@ -114,7 +114,9 @@ def worst_picture(result: Evaluation, with_images: bool) -> Pixels:
     return grid(rows)
 
 
-def panels(title: str, image: Pixels, truth: Ids, predicted: Ids, palette: Pixels) -> list[tuple[str, Pixels]]:
+def panels(
+    title: str, image: Pixels, truth: Ids, predicted: Ids, palette: Pixels
+) -> list[tuple[str, Pixels]]:
     """A row for `render.grid`: image, label and prediction side by side, in a size to compare them.
 
     Args:
