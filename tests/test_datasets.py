@@ -80,7 +80,10 @@ def test_voc_by_name_below_its_root(voc: Path) -> None:
 
 
 def test_every_list_of_voc_is_a_split_and_splits_are_joined(voc: Path) -> None:
+    assert split_names("voc", voc) == ("my_list", "train", "val")
+    photo(voc / "VOCdevkit/VOC2012/JPEGImages/2007_000033.jpg")
     assert split_names("voc", voc) == ("my_list", "train", "val", "seg11valid")
+    assert len(open_data("voc", "seg11valid", voc).samples) == 736
     assert names(open_data("voc", "train+val", voc)) == ["2007_000000", "2007_000001", "2007_000002"]
     assert names(open_data("voc", "train+train", voc)) == ["2007_000000", "2007_000001"]
     pairs = open_data("voc", "my_list", voc)

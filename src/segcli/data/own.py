@@ -106,8 +106,12 @@ def _read_folder(root: Path, split: str) -> Part:
 
 
 def _folder_coding(root: Path) -> LabelCoding:
-    parts = (pair(*folders) for folders in _plain_folders(root).values())
-    return coding_from_files(root) or counted_coding(s.label for part in parts for s in part.samples)
+    """The classes that a file in the folder names, or one beside the masks, as `data convert` writes it."""
+    folders = _plain_folders(root).values()
+    for place in (root, *(labels for _, labels in folders)):
+        if (coding := coding_from_files(place)) is not None:
+            return coding
+    return counted_coding(sample.label for pair_of in folders for sample in pair(*pair_of).samples)
 
 
 def _find_description(path: Path) -> Path | None:

