@@ -390,7 +390,9 @@ def encode_mask(labels: Labels, palette: Pixels) -> bytes:
 
 def encode_png(pixels: Pixels) -> bytes:
     """A lossless picture: uint8 (H, W, 3) RGB, or (H, W) grey."""
-    return _encode(".png", pixels, [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE])
+    strategy = [cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE]
+    row_filter = [cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_UP]  # best for flat colours
+    return _encode(".png", pixels, strategy + row_filter)
 
 
 def encode_jpeg(pixels: Pixels, quality: int = 90) -> bytes:

@@ -110,6 +110,14 @@ def generic_class_set(n: int) -> ClassSet:
     return ClassSet("generic", names, colors[:n], ignore, colors[ignore])
 
 
+def count_ids(labels: Labels) -> dict[int, int]:
+    """How many pixels every id has, for ids that occur, in increasing order."""
+    if labels.dtype.itemsize <= 2:
+        counts = np.bincount(labels.ravel())
+        return {number: int(counts[number]) for number in np.flatnonzero(counts).tolist()}
+    return dict(zip(*(part.tolist() for part in np.unique(labels, return_counts=True)), strict=True))
+
+
 def labels_from_colors(picture: npt.NDArray[np.uint8], classes: ClassSet) -> Labels:
     """Class ids of a colour-coded label map: the way back from colours.
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from segcli.palettes import ClassSet
+from segcli.palettes import ClassSet, count_ids
 
 Pixels = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.integer[Any]]
@@ -55,7 +55,7 @@ def overlay(
     plain = cv2.inRange(colors, (0, 0, 0), (0, 0, 0))  # 255 where there is no colour
     tinted = cv2.addWeighted(image, 1 - opacity, colors, opacity, 0)
     if boundary:
-        edges = boundaries(labels, _line_width(labels.shape)).view(np.uint8)
+        edges = boundaries(labels, line_width(labels.shape)).view(np.uint8)
         cv2.copyTo(colors, edges, tinted)
     cv2.copyTo(image, plain, tinted)
     return tinted.astype(np.uint8, copy=False)
@@ -76,7 +76,7 @@ def boundaries(labels: Labels, width: int = 1) -> npt.NDArray[np.bool_]:
     return thick
 
 
-def _line_width(shape: tuple[int, ...]) -> int:
+def line_width(shape: tuple[int, ...]) -> int:
     """One pixel on either side for small pictures, in proportion for large ones: 4 for 24 megapixels."""
     return max(1, round(math.sqrt(shape[0] * shape[1]) / 1200))
 
@@ -121,7 +121,7 @@ def legend(names: Sequence[str], colors: Sequence[tuple[int, int, int]], width: 
 
 def with_legend(picture: Pixels, labels: Labels, classes: ClassSet) -> Pixels:
     """A picture of a label map, with id, name and colour of the classes that occur in it below."""
-    present = np.flatnonzero(np.bincount(labels.ravel())).tolist()
+    present = list(count_ids(labels))
     palette = classes.palette()
     names = [_entry(classes, number) for number in present[:MOST_ENTRIES]]
     colors = [_color(palette, number) for number in present[:MOST_ENTRIES]]

@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from segcli.cli.options import Device, Json, Model, Quiet, Verbose
-from segcli.cli.terminal import Terminal, printable
+from segcli.cli.runs import Overwrite, default_workers, refuse_empty, report, run_and_show
+from segcli.cli.terminal import Terminal
 from segcli.errors import UsageError
-from segcli.inference.layout import MANIFEST_FILE, PRODUCTS, RUN_FOLDER
+from segcli.inference.layout import PRODUCTS
 from segcli.models.zoo import DEFAULT_MODEL, find_model
 
 if TYPE_CHECKING:
-    from segcli.inference.engine import Progress, Task
-    from segcli.inference.segmentation import Segmentation, Segmenter
-    from segcli.inference.sources import Sources
-
-LINE_EVERY = 30  # seconds between two lines about the progress, where there is no terminal
-SHOWN_CLASSES = 12
+    from segcli.inference.segmentation import Segmenter
 
 Source = Annotated[
     Optional[list[str]],  # noqa: UP045
@@ -35,9 +27,6 @@ ListFile = Annotated[
     typer.Option("--list", help="A file with one path per line, or NUL-separated, instead of SOURCE."),
 ]
 Save = Annotated[str, typer.Option(help=f"What to save, with commas: {', '.join(PRODUCTS)}.")]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Do everything again, also where earlier results are good.")
-]
 BatchSize = Annotated[
     str, typer.Option(help="Images at a time on a GPU, or auto. On the CPU it is one, whatever is given.")
 ]
@@ -94,7 +83,7 @@ def predict(
     kinds = kinds_of(save)
     images_at_a_time = batch_size_of(batch_size)
     found = parse(sources or [], list_file, str(out), SUFFIXES)
-    refuse_empty(found)
+    refuse_empty(found, "image")
     model_file = find_model(model)
     if device not in ("auto", "cpu"):
         from segcli.device import pick_device
@@ -132,8 +121,8 @@ def predict(
         workers=default_workers() if workers is None else workers,
         overwrite=overwrite,
     )
-    seconds = run_and_show(task, progress, terminal)
-    report(task, progress, seconds, terminal)
+    seconds = run_and_show(task, progress, terminal, "image", "Segmenting")
+    report(task, progress, seconds, terminal, "image")
 
 
 def kinds_of(save: str) -> list[str]:
@@ -152,146 +141,3 @@ def batch_size_of(text: str) -> int | None:
     if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"--batch-size {text!r}: give auto or a number from 1")
     return int(text)
-
-
-def default_workers() -> int:
-    """Half of the cores, at most 8: enough to feed a GPU, and the CPU needs its cores for the network."""
-    return max(1, min(8, len(os.sched_getaffinity(0)) // 2)) if hasattr(os, "sched_getaffinity") else 2
-
-
-def refuse_empty(sources: Sources) -> None:
-    """Stop when there is not a single image. A list is not looked at: stdin can be read only once.
-
-    Raises:
-        UsageError: Says what was found instead.
-    """
-    from segcli.inference.sources import PassedOver, discover
-
-    passed_over = PassedOver()
-    if sources.entries[0][0] == "list" or next(discover(sources, passed_over), None) is not None:
-        return
-    names = ", ".join(path for _, path in sources.entries[:3])
-    instead = f"; found {found}" if (found := passed_over.describe()) else ""
-    suffixes = ", ".join(sorted(sources.suffixes))
-    raise UsageError(f"there are no images in {names}{instead}.\nImages are files named {suffixes}.")
-
-
-def run_and_show(task: Task[Segmentation], progress: Progress, terminal: Terminal) -> float:
-    """Run, with a progress bar or a line now and then. Returns the seconds that it took."""
-    from segcli.inference.engine import count, run
-
-    begun = time.monotonic()
-    ended = threading.Event()
-    counting = (task.sources, progress, ended)
-    threads = [threading.Thread(target=show, args=(progress, terminal, ended), daemon=True)]
-    if ("list", "-") not in task.sources.entries:
-        threads.append(threading.Thread(target=count, args=counting, daemon=True))
-    for thread in threads:
-        thread.start()
-    try:
-        run(task, progress)
-    finally:
-        ended.set()
-        for thread in threads:
-            thread.join()
-    return time.monotonic() - begun
-
-
-def show(progress: Progress, terminal: Terminal, ended: threading.Event) -> None:
-    """Keep the user informed until `ended` is set."""
-    if not sys.stderr.isatty():
-        while not ended.wait(LINE_EVERY):
-            total = f" of {progress.total:,}" if progress.total else ""
-            terminal.say(f"{progress.inputs:,}{total} images, {rate(progress)} images/s{time_left(progress)}")
-        return
-    with terminal.progress() as bar:
-        line = bar.add_task("Reading the model", total=None, rate="-")
-        while not ended.wait(0.2):
-            computing = "Segmenting" if progress.computing_since else "Reading the model"
-            bar.update(
-                line,
-                description=computing,
-                total=progress.total,
-                completed=progress.inputs,
-                rate=rate(progress),
-            )
-
-
-def rate(progress: Progress) -> str:
-    """Images per second since the network began."""
-    if not progress.computing_since:
-        return "-"
-    return f"{speed(progress):.1f}"
-
-
-def speed(progress: Progress) -> float:
-    elapsed = time.monotonic() - progress.computing_since
-    return (progress.done + progress.failed) / max(elapsed, 1e-3)
-
-
-def time_left(progress: Progress) -> str:
-    """ ", about 12 min left", or "" when that is not known yet."""
-    if not (progress.total and progress.computing_since and progress.done):
-        return ""
-    seconds = (progress.total - progress.inputs) / speed(progress)
-    minutes = round(seconds / 60)
-    if minutes < 1:
-        return ", less than a minute left"
-    return f", about {minutes} min left" if minutes < 120 else f", about {minutes / 60:.1f} h left"
-
-
-def report(task: Task[Segmentation], progress: Progress, seconds: float, terminal: Terminal) -> None:
-    """Say what became of the files, and exit accordingly."""
-    manifest = task.out / RUN_FOLDER / MANIFEST_FILE
-    pixels = progress.pixels.total()
-    shares = {name: count / pixels for name, count in progress.pixels.most_common()}
-    terminal.document(
-        {
-            "out": str(task.out),
-            "model": task.model,
-            "inputs": progress.inputs,
-            "done": progress.done,
-            "skipped": progress.skipped,
-            "failed": progress.failed,
-            "seconds": round(seconds, 3),
-            "interrupted": bool(progress.interrupted),
-            "classes": {name: round(share, 6) for name, share in shares.items()},
-            "failures": [{"source": source, "reason": reason} for source, reason in progress.failures],
-            "manifest": str(manifest),
-        }
-    )
-    if progress.interrupted:
-        total = f" of {progress.total:,}" if progress.total else ""
-        done = progress.done + progress.skipped
-        terminal.warn(f"Stopped: {done:,}{total} images are done. The same command goes on from here.")
-        raise typer.Exit(128 + progress.interrupted)
-    if not progress.inputs:
-        raise UsageError("the list of files is empty")
-
-    if shares:
-        rows = [(name, f"{share:.1%}") for name, share in list(shares.items())[:SHOWN_CLASSES]]
-        if len(shares) > len(rows):
-            rows.append(
-                (f"{len(shares) - len(rows)} more", f"{1 - sum(list(shares.values())[:SHOWN_CLASSES]):.1%}")
-            )
-        terminal.table(["Class", "of all pixels"], rows)
-    if passed_over := progress.passed_over.describe():
-        terminal.say(f"Not taken as images: {passed_over}.")
-    counts = [f"{progress.done:,} done"]
-    counts += [f"{progress.skipped:,} done before"] if progress.skipped else []
-    counts += [f"{progress.failed:,} failed"] if progress.failed else []
-    noun = "image" if progress.inputs == 1 else "images"
-    terminal.say(
-        f"{progress.inputs:,} {noun} in {seconds:.1f} s: {', '.join(counts)}. Results are in {task.out}."
-    )
-    if progress.failed:
-        for source, reason in progress.failures:
-            terminal.warn(f"  {one_line(source)}: {one_line(reason)}")
-        if progress.failed > len(progress.failures):
-            terminal.warn(f"  and {progress.failed - len(progress.failures):,} more, see {manifest}")
-        raise typer.Exit(1)
-
-
-def one_line(text: str) -> str:
-    """A name or reason without anything that could break the line."""
-    return printable(text).replace("\n", "\\n")

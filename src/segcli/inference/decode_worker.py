@@ -30,25 +30,31 @@ from segcli import images
 from segcli.errors import ImageError
 
 Array = npt.NDArray[Any]
-Reader = Callable[[str], tuple[Array, tuple[str, ...]]]
+Reader = Callable[[str], tuple[Array, tuple[str, ...], Array | None]]
 
 LARGE = 2_000_000  # pixels; a worker asks before it decodes more
 GIB = 1 << 30
 FRAME = struct.Struct("!IQ")  # length of the header, length of the pixels
 
 
-def read_image(path: str) -> tuple[Array, tuple[str, ...]]:
+def read_image(path: str) -> tuple[Array, tuple[str, ...], None]:
     """An image as displayed: uint8 (H, W, 3), and notes."""
     picture = images.read_image(Path(path))
-    return picture.pixels, picture.notes
+    return picture.pixels, picture.notes, None
 
 
-def read_mask(path: str) -> tuple[Array, tuple[str, ...]]:
-    """A label map: integers (H, W)."""
-    return images.read_label_map(Path(path)), ()
+def read_mask(path: str) -> tuple[Array, tuple[str, ...], Array | None]:
+    """A label map: integers (H, W), and its palette, uint8 (256, 3), when it has one."""
+    labels, palette = images.read_mask(Path(path))
+    return labels, (), palette
 
 
-READERS: dict[str, Reader] = {"image": read_image, "mask": read_mask}
+def read_colors(path: str) -> tuple[Array, tuple[str, ...], None]:
+    """A colour-coded label map: uint8 (H, W, 3)."""
+    return images.read_color_map(Path(path)), (), None
+
+
+READERS: dict[str, Reader] = {"image": read_image, "mask": read_mask, "colors": read_colors}
 
 
 def seconds_for(size: int, pixels: int = 0) -> float:
@@ -69,7 +75,7 @@ def decode(path: str, reader: str, ask: Callable[[int], None]) -> tuple[dict[str
         "content" (size, times and SHA-256 of the file, None when it could not be read) and "milliseconds".
     """
     start = time.perf_counter()
-    header: dict[str, Any] = {"problem": "", "notes": [], "content": None}
+    header: dict[str, Any] = {"problem": "", "notes": [], "content": None, "palette": None}
     pixels: Array | None = None
     try:
         before = os.stat(path)
@@ -84,8 +90,9 @@ def decode(path: str, reader: str, ask: Callable[[int], None]) -> tuple[dict[str
         size = pixels_announced(path)
         if LARGE < size <= images.MAX_PIXELS:
             ask(size)
-        pixels, notes = READERS[reader](path)
+        pixels, notes, palette = READERS[reader](path)
         header["notes"] = list(notes)
+        header["palette"] = None if palette is None else palette.tobytes().hex()
         after = os.stat(path)
         if (before.st_size, before.st_mtime_ns, before.st_ino) != (
             after.st_size,

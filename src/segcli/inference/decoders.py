@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import segcli
 from segcli.errors import MachineError
 from segcli.inference.ahead import Ahead
@@ -53,6 +55,7 @@ class Decoded:
     content: Content | None = None
     milliseconds: float = 0
     room: int = 0  # pixels to give back by `Decoders.release`
+    palette: Array | None = None  # of a mask that has one, uint8 (256, 3)
 
 
 @dataclass
@@ -249,6 +252,7 @@ class Decoders:
 
 def _decoded(item: Input, header: dict[str, Any], pixels: Array | None, room: int) -> Decoded:
     content = header["content"]
+    palette = header["palette"] and np.frombuffer(bytes.fromhex(header["palette"]), np.uint8).reshape(-1, 3)
     return Decoded(
         item,
         pixels,
@@ -257,6 +261,7 @@ def _decoded(item: Input, header: dict[str, Any], pixels: Array | None, room: in
         Content(**content) if content else None,
         header["milliseconds"],
         room,
+        palette,
     )
 
 

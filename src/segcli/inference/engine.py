@@ -49,7 +49,7 @@ from segcli.inference.sources import Input, PassedOver, Sources, discover
 
 R = TypeVar("R")
 AHEAD = 64  # inputs that are known but not decoded yet
-WRITERS = 2  # threads that encode and write
+WRITERS = 2  # threads that encode and write, where a network is the bottleneck
 SHOWN_FAILURES = 10
 # The file's own name is at fault, not the disk: only this input fails.
 OWN_FAULTS = {errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.EILSEQ}
@@ -78,6 +78,7 @@ class Task(Generic[R]):
     start: Callable[[], Work[R]]  # called only when there is something to do
     reader: str = "image"
     workers: int = 1
+    writers: int = WRITERS
     overwrite: bool = False
 
 
@@ -158,8 +159,8 @@ def _process(task: Task[R], book: _Book) -> None:
             with interrupts.raising():
                 work = task.start()  # while the first pictures are decoded
             book.progress.computing_since = time.monotonic()
-            slots = threading.Semaphore(2 * WRITERS)
-            with ThreadPoolExecutor(WRITERS) as writers:
+            slots = threading.Semaphore(2 * task.writers)
+            with ThreadPoolExecutor(task.writers) as writers:
                 for picture, result in work.compute(pictures):
                     slots.acquire()
                     writers.submit(_finish, work, picture, result, book, decoders, slots, stop)

@@ -24,6 +24,9 @@ PRODUCTS: dict[str, tuple[str, str]] = {
     "scores": ("_scores", ".npz"),
 }
 
+# What `segcli colorize` writes has the same places, with the colour picture in that of the mask.
+PLACES = {**PRODUCTS, "picture": ("", ".png")}
+
 # Top-level names that are not masks. An input folder of such a name gets one underscore more.
 RESERVED = frozenset(
     {RUN_FOLDER, "_polygons", "report.html", *(folder for folder, _ in PRODUCTS.values() if folder)}
@@ -32,7 +35,7 @@ RESERVED = frozenset(
 
 def file_of(out: Path, output: str, kind: str) -> Path:
     """Where a product lies: `output` is the mask's path below the output folder, such as "a/b.png"."""
-    folder, suffix = PRODUCTS[kind]
+    folder, suffix = PLACES[kind]
     return out / folder / PurePosixPath(output).with_suffix(suffix)
 
 
