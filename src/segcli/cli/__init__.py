@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import typer
 
 from segcli import __version__
+from segcli.cli.colorize import colorize
+from segcli.cli.data import app as data_app
 from segcli.cli.evaluate import evaluate
 from segcli.cli.inspect import inspect
 from segcli.cli.predict import predict
@@ -44,8 +46,10 @@ def _common(
 
 
 app.command()(predict)
+app.command()(colorize)
 app.command()(train)
 app.command()(evaluate)
+app.add_typer(data_app, name="data")
 app.command()(inspect)
 
 
