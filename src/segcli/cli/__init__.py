@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> Any:
     arguments = list(sys.argv[1:] if argv is None else argv)
     verbose = "--verbose" in arguments or "-v" in arguments
     try:
-        app(arguments)
+        app(arguments, prog_name="segcli")
     except SegcliError as error:
         if verbose:
             raise

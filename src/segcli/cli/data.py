@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -71,6 +72,48 @@ def list_data(root: Root = None, quiet: Quiet = False, verbose: Verbose = False,
     places = [str(place.parent if root is None else place) for place in search_places("voc", root)]
     terminal.say(f"Looked in: {', '.join(places)}")
     terminal.document({"searched": places, "data": entries})
+
+
+@app.command()
+def download(
+    name: Annotated[str, typer.Argument(help="voc, voc2012 .. voc2007, or voc-sbd.")],
+    root: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Folder for it. [below SEGCLI_DATA where that is set, else ./data]"),
+    ] = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+    json: Json = False,
+) -> None:
+    """Download a public data set, check it and unpack it.
+
+    A download that broke off is continued; an archive that was saved by hand in the folder is used.
+    Sets that need a login are not fetched: the address is printed. Exit code 3 when it cannot be had.
+
+    \b
+    Examples:
+      segcli data download voc
+      segcli data download voc-sbd --root /datasets/voc-sbd
+    """
+    from segcli.data.fetch import fetch
+    from segcli.data.sets import KNOWN, find_data, search_places
+
+    terminal = Terminal(quiet, json)
+    if name not in KNOWN:
+        import difflib
+
+        near = difflib.get_close_matches(name, KNOWN, n=1)
+        hint = f"did you mean {near[0]}?" if near else "`segcli data list` shows the names"
+        raise UsageError(f"no data set is called {name!r}; {hint}")
+    try:
+        layout, folder = find_data(name, root)
+        terminal.say(f"{name} is here already: {folder}")
+    except MachineError:
+        with Downloading(terminal) as watch:
+            fetch(name, search_places(name, root)[0], watch)
+        layout, folder = find_data(name, root)
+        terminal.say(f"{name} is in {folder}")
+    terminal.document({"name": name, "folder": str(folder), "splits": list(layout.splits(folder))})
 
 
 @app.command()
@@ -273,7 +316,7 @@ def convert(
 
     \b
       binary                masks of 0 and 255: 255 becomes class 1
-      cityscapes            label ids become train ids; what is not among the 19 classes is ignored
+      cityscapes            label ids become train ids; all but 19 classes are ignored
       cityscapes-train-ids  back to the label ids that the test server wants
       ade20k                0 is ignored, 1..150 become 0..149
       camvid                SegNet's labels: 11 is ignored
@@ -286,8 +329,8 @@ def convert(
     \b
     Examples:
       segcli data convert raw/ --from binary --out my/masks
-      segcli data convert LabeledApproved_full/ --from colors --classes camvid32 --out masks/
-      segcli data convert annotations/ --from labelme --classes labels.txt --out my/masks
+      segcli data convert labels/ --from colors --classes camvid32 --out masks/
+      segcli data convert json/ --from labelme --classes labels.txt --out masks/
       segcli data convert raw/ --map 128=1,200=2 --out my/masks
     """
     from segcli.data.convert import convert_all, source_files
@@ -399,6 +442,44 @@ def progress(terminal: Terminal, what: str, total: int) -> Iterator[Callable[[],
             bar.update(line, completed=count, rate=f"{count / (time.monotonic() - started):.0f}")
 
         yield done
+
+
+class Downloading:
+    """Shows a download as a bar of bytes; see `downloads.Watch`."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        self.terminal = terminal
+        self.bar = Progress(
+            BarColumn(),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(compact=True),
+            console=terminal.console,
+            transient=True,
+            disable=terminal.quiet or not sys.stderr.isatty(),
+        )
+        self.line = self.bar.add_task("", total=None)
+
+    def __enter__(self) -> Downloading:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def say(self, text: str) -> None:
+        self.terminal.say(text)
+
+    def progress(self, done: int, total: int | None) -> None:
+        self.bar.update(self.line, completed=done, total=total)
 
 
 def warn_failed(failed: list[tuple[str, str]], terminal: Terminal) -> None:

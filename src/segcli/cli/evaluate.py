@@ -70,7 +70,7 @@ def evaluate(
 
     \b
     Examples:
-      segcli evaluate --data camvid --root CamVid/ --split val --model fcn8s-camvid --out scores/
+      segcli evaluate --data camvid --root CamVid/ --model fcn8s-camvid
       segcli evaluate --data voc --split seg11valid --pred masks/
       segcli evaluate --pred masks/ --labels truth/ --classes cityscapes --json
       segcli evaluate --pred masks/ --labels truth/ --classes 3 --ignore 0

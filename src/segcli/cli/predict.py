@@ -71,8 +71,8 @@ def predict(
     \b
     Examples:
       segcli predict photos/ --out masks/
-      segcli predict 'photos/**/*.jpg' -o masks/ --save mask,compare --model fcn8s-camvid
-      find photos -name '*.jpg' -size +100k -print0 | segcli predict - --out masks/
+      segcli predict 'photos/**/*.jpg' -o masks/ --save mask,compare
+      find photos -size +100k -print0 | segcli predict - --out masks/
     """
     from segcli.files import sha256
     from segcli.images import SUFFIXES
