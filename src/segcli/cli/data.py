@@ -316,7 +316,7 @@ def convert(
 
     \b
       binary                masks of 0 and 255: 255 becomes class 1
-      cityscapes            label ids become train ids; all but 19 classes are ignored
+      cityscapes            label ids become train ids, the rest is ignored
       cityscapes-train-ids  back to the label ids that the test server wants
       ade20k                0 is ignored, 1..150 become 0..149
       camvid                SegNet's labels: 11 is ignored
