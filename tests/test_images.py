@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import re
 import struct
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from skimage import color, data
 
 from segcli.errors import ImageError
 from segcli.images import (
+    MAX_PIXELS,
+    SUFFIXES,
     encode_jpeg,
     encode_mask,
     encode_png,
@@ -312,6 +315,68 @@ def test_twins_look_the_same(tmp_path: Path, twin: Callable[[Image.Image], tuple
     image, suffix = twin(CAT)
     pixels = read_image(save(tmp_path / f"a.{suffix}", image)).pixels
     assert (np.abs(pixels.astype(int) - RGB).max(axis=2) <= 4).mean() > 0.98
+
+
+def _examples() -> dict[str, tuple[Image.Image, str, dict[str, Any]]]:
+    """A file for every row of the table in docs/formats.md: picture, suffix, options of saving."""
+    floats = np.array([[0.0, 0.5, 1.0]], np.float32)
+    deep = Image.fromarray(GREY.astype(np.uint16) * 257)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    several = {"save_all": True, "append_images": [CAT.rotate(90), CAT.rotate(180)]}
+    return {
+        "8-bit RGB": (CAT, "png", {}),
+        "8-bit grey": (CAT.convert("L"), "png", {}),
+        "1-bit": (CAT.convert("1"), "png", {}),
+        "palette": (CAT.quantize(16), "png", {}),
+        "transparent": (CAT.convert("RGBA"), "png", {}),
+        "16-bit grey": (deep, "png", {}),
+        "TIFF where white is zero": (CAT.convert("L"), "tif", {"tiffinfo": {262: 0}}),
+        "floating point, 0 to 1": (Image.fromarray(floats), "tif", {}),
+        "floating point or 32-bit, 0 to 255": (Image.fromarray(floats * 200), "tif", {}),
+        "floating point or 32-bit, other values": (Image.fromarray(floats * 5 - 1), "tif", {}),
+        "CMYK and YCCK with a colour profile": (
+            CAT.convert("CMYK"),
+            "tif",
+            {"icc_profile": _key_only_profile()},
+        ),
+        "CMYK and YCCK without one": (CAT.convert("CMYK"), "jpg", {}),
+        "YCbCr and Lab TIFF": (CAT.convert("YCbCr"), "tif", {}),
+        "EXIF orientation 2 to 8": (CAT, "jpg", {"exif": exif}),
+        "animation": (CAT, "png", several),
+        "several pages": (CAT, "tif", several),
+    }
+
+
+def test_the_table_of_the_documentation(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "formats.md").read_text()
+    assert set(re.findall(r"`(\.\w+)`", text.split("|")[0])) == SUFFIXES
+    assert f"{MAX_PIXELS:,} pixels" in text
+    table = text.split("|---|---|---|\n")[1].split("\n\n")[0]
+    rows = {
+        kind.strip(): note.strip(" `")
+        for _, kind, _, note, _ in (line.split("|") for line in table.splitlines())
+    }
+    elsewhere = {"16-bit RGB", "12-bit grey TIFF"}  # Pillow cannot write them; they have tests of their own
+    examples = _examples()
+    assert {kind.split(":")[0] for kind in rows} - elsewhere == examples.keys()
+    for kind, note in rows.items():
+        if kind.split(":")[0] in examples:
+            image, suffix, options = examples[kind.split(":")[0]]
+            assert read_image(save(tmp_path / f"a.{suffix}", image, **options)).notes == (
+                (note,) if note else ()
+            )
+
+
+def test_12_bit_tiff(tmp_path: Path) -> None:
+    # Two pixels of 12 bits: 0x000 and 0xfff, in three bytes.
+    tags = [(256, 2), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 3)]
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    content = struct.pack("<2sHI", b"II", 42, 12) + b"\x00\x0f\xff\0" + struct.pack("<H", len(tags)) + entries
+    (tmp_path / "a.tif").write_bytes(content + bytes(4))
+    picture = read_image(tmp_path / "a.tif")
+    assert picture.pixels[0, :, 0].tolist() == [0, 255]
+    assert picture.notes == ("12-bit scaled to 8",)
 
 
 def test_large_pictures_are_converted_in_strips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from segcli.cli.options import Json, Quiet, Verbose
-from segcli.cli.runs import Overwrite, default_workers, refuse_empty, report, run_and_show
+from segcli.cli.runs import Overwrite, Workers, default_workers, refuse_empty, report, run_and_show
 from segcli.cli.terminal import Terminal
 from segcli.errors import UsageError
 
@@ -56,6 +56,7 @@ def colorize(
     boundaries: Boundaries = False,
     to_ids: ToIds = False,
     overwrite: Overwrite = False,
+    workers: Workers = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
     json: Json = False,
@@ -116,7 +117,7 @@ def colorize(
         options={"sources": masks, "palette": palette},
         start=start,
         reader="colors" if to_ids else "mask",
-        workers=default_workers(),
+        workers=default_workers() if workers is None else workers,
         writers=WRITERS,
         overwrite=overwrite,
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from segcli.cli.options import Device, Json, Model, Quiet, Verbose
-from segcli.cli.runs import Overwrite, default_workers, refuse_empty, report, run_and_show
+from segcli.cli.runs import Overwrite, Workers, default_workers, refuse_empty, report, run_and_show
 from segcli.cli.terminal import Terminal
 from segcli.errors import UsageError
 from segcli.inference.layout import PRODUCTS
@@ -29,12 +29,6 @@ ListFile = Annotated[
 Save = Annotated[str, typer.Option(help=f"What to save, with commas: {', '.join(PRODUCTS)}.")]
 BatchSize = Annotated[
     str, typer.Option(help="Images at a time on a GPU, or auto. On the CPU it is one, whatever is given.")
-]
-Workers = Annotated[
-    Optional[int],  # noqa: UP045
-    typer.Option(
-        min=0, help="Processes that read images; 0 reads them unprotected.", show_default="by cores"
-    ),
 ]
 Size = Annotated[
     Optional[int],  # noqa: UP045

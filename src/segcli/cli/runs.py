@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -23,6 +23,10 @@ SHOWN_CLASSES = 12
 
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Do everything again, also where earlier results are good.")
+]
+Workers = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(min=0, help="Processes that read files; 0 reads them unprotected.", show_default="by cores"),
 ]
 
 
