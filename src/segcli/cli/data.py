@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -95,6 +94,7 @@ def download(
       segcli data download voc
       segcli data download voc-sbd --root /datasets/voc-sbd
     """
+    from segcli.cli.downloading import Downloading
     from segcli.data.fetch import fetch
     from segcli.data.sets import KNOWN, find_data, search_places
 
@@ -339,8 +339,8 @@ def convert(
     terminal = Terminal(quiet, json)
     conversion = choose_conversion(source, kind, classes, changes)
     files = source_files(source, conversion)
-    folder = (source if source.is_dir() else source.parent).resolve()
-    if out.resolve().is_relative_to(folder):
+    here = out.resolve()
+    if here.is_relative_to(source.resolve()) or any((here / name) == path.resolve() for path, name in files):
         raise UsageError(
             f"--out {out} lies in the folder of the inputs; choose another, so that they stay apart"
         )
@@ -442,44 +442,6 @@ def progress(terminal: Terminal, what: str, total: int) -> Iterator[Callable[[],
             bar.update(line, completed=count, rate=f"{count / (time.monotonic() - started):.0f}")
 
         yield done
-
-
-class Downloading:
-    """Shows a download as a bar of bytes; see `downloads.Watch`."""
-
-    def __init__(self, terminal: Terminal) -> None:
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-
-        self.terminal = terminal
-        self.bar = Progress(
-            BarColumn(),
-            DownloadColumn(),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(compact=True),
-            console=terminal.console,
-            transient=True,
-            disable=terminal.quiet or not sys.stderr.isatty(),
-        )
-        self.line = self.bar.add_task("", total=None)
-
-    def __enter__(self) -> Downloading:
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def say(self, text: str) -> None:
-        self.terminal.say(text)
-
-    def progress(self, done: int, total: int | None) -> None:
-        self.bar.update(self.line, completed=done, total=total)
 
 
 def warn_failed(failed: list[tuple[str, str]], terminal: Terminal) -> None:

@@ -92,11 +92,11 @@ def _voc_coding(root: Path) -> LabelCoding:
 def _find_sbd(folder: Path) -> Path | None:
     """SBD's `benchmark_RELEASE/dataset` beside VOC's folders, or VOC with `SegmentationClassAug/`."""
     voc = _find_voc(folder)
-    has_labels = voc and (_sbd_folder(folder) or (voc / "SegmentationClassAug").is_dir())
+    has_labels = voc and (find_sbd_labels(folder) or (voc / "SegmentationClassAug").is_dir())
     return folder if has_labels else None
 
 
-def _sbd_folder(folder: Path) -> Path | None:
+def find_sbd_labels(folder: Path) -> Path | None:
     candidates = (folder / "benchmark_RELEASE/dataset", folder / "dataset", folder / "sbd", folder)
     return first(c for c in candidates if (c / "cls").is_dir() and (c / "img").is_dir())
 
@@ -106,7 +106,7 @@ def _read_sbd(folder: Path, split: str) -> Part:
 
     With `SegmentationClassAug/`, which does not say what is SBD's train, train is train_aug.
     """
-    voc, sbd = _find_voc(folder) or folder, _sbd_folder(folder)
+    voc, sbd = _find_voc(folder) or folder, find_sbd_labels(folder)
     lists = voc / "ImageSets/Segmentation"
     voc_train, voc_val = read_names(lists / "train.txt"), read_names(lists / "val.txt")
     if sbd is None:

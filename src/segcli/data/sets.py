@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import platformdirs
 from PIL import Image
 
 from segcli.data import own, public
 from segcli.data.layout import IDENTITY, Layout, Part, held_out
 from segcli.data.layout import Sample as Sample
+from segcli.downloads import cache_folder
 from segcli.errors import ImageError, MachineError, UsageError
 from segcli.images import FORMATS, read_color_map, read_label_map
 from segcli.palettes import ClassSet, labels_from_colors
@@ -205,8 +205,8 @@ def search_places(name: str, root: Path | None = None) -> list[Path]:
     if root is not None:
         return [root]
     variable = os.environ.get("SEGCLI_DATA")
-    cache = platformdirs.user_cache_path("segcli", appauthor=False)
-    return [*([Path(variable) / name] if variable else []), Path("data") / name, cache / "data" / name]
+    cached = cache_folder() / "data" / name
+    return [*([Path(variable) / name] if variable else []), Path("data") / name, cached]
 
 
 def _find_known(name: str, root: Path | None) -> tuple[Layout, Path]:
