@@ -15,6 +15,7 @@ from segcli.cli.colorize import colorize
 from segcli.cli.data import app as data_app
 from segcli.cli.evaluate import evaluate
 from segcli.cli.inspect import inspect
+from segcli.cli.models import app as models_app
 from segcli.cli.predict import predict
 from segcli.cli.train import train
 from segcli.errors import SegcliError
@@ -50,6 +51,7 @@ app.command()(colorize)
 app.command()(train)
 app.command()(evaluate)
 app.add_typer(data_app, name="data")
+app.add_typer(models_app, name="models")
 app.command()(inspect)
 
 

@@ -13,3 +13,6 @@ Device = Annotated[
     str, typer.Option(help="auto, cpu, cuda, cuda:N or mps; auto takes a GPU when there is one.")
 ]
 Model = Annotated[str, typer.Option("--model", "-m", help="A name of `segcli models list`, or a model file.")]
+Offline = Annotated[
+    bool, typer.Option("--offline", help="Do not use the network; SEGCLI_OFFLINE=1 says so for all commands.")
+]

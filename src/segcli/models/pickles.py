@@ -67,6 +67,8 @@ def _refusal(path: Path) -> str | None:
         return "is a web page, not a checkpoint; download the file itself"
     if head[TAR_MAGIC] == b"ustar":
         return "is a tar archive of PyTorch before 0.1.10, which cannot be loaded safely"
+    if not head.startswith((b"PK", b"\x80")):  # zip archives, and pickles of protocol 2
+        return "is no PyTorch checkpoint"
     if head[:2] == b"PK" and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()

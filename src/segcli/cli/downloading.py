@@ -1,0 +1,52 @@
+"""A download as people see it: what is fetched, and a bar of bytes."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING
+
+from segcli.cli.terminal import Terminal
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+
+class Downloading:
+    """A `downloads.Watch` on the terminal. The bar comes with the first bytes, so it costs nothing before."""
+
+    def __init__(self, terminal: Terminal) -> None:
+        self.terminal = terminal
+        self.bar: Progress | None = None
+
+    def __enter__(self) -> Downloading:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+    def say(self, text: str) -> None:
+        self.terminal.say(text)
+
+    def progress(self, done: int, total: int | None) -> None:
+        if self.bar is None:
+            self.bar = _bar(self.terminal)
+            self.bar.start()
+        (task,) = self.bar.task_ids
+        self.bar.update(task, completed=done, total=total)
+
+
+def _bar(terminal: Terminal) -> Progress:
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+    bar = Progress(
+        BarColumn(),
+        DownloadColumn(binary_units=True),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(compact=True),
+        console=terminal.console,
+        transient=True,
+        disable=terminal.quiet or not sys.stderr.isatty(),
+    )
+    bar.add_task("")
+    return bar
