@@ -107,7 +107,7 @@ def parse(sources: Sequence[str], list_file: str | None, out: str, suffixes: fro
         raise UsageError(
             "give either SOURCE (files, folders, globs, or - for a list on stdin) or --list FILE"
         )
-    out = os.path.realpath(out)
+    given_out, out = out, os.path.realpath(out)
     if list_file is not None:
         if not os.path.isfile(list_file):
             raise UsageError(f"--list {list_file}: no such file{_nearest(list_file)}")
@@ -126,18 +126,18 @@ def parse(sources: Sequence[str], list_file: str | None, out: str, suffixes: fro
         real = os.path.realpath(anchor)
         if real == out:
             raise UsageError(
-                f"--out {out} is the folder of the input {source}; inputs are never written over. "
-                f"Choose another one, e.g. --out {os.path.join(os.path.dirname(out), 'masks')}"
+                f"--out {given_out} is the folder of the input {source}; inputs are never written over.\n"
+                "Choose another folder, such as --out masks."
             )
         if _inside(real, out):
             raise UsageError(
-                f"--out {out} contains the input {source}; what lies in the output folder is never an input. "
-                f"Choose another one, e.g. --out {os.path.join(out, 'masks')}"
+                f"--out {given_out} contains the input {source}; outputs and inputs are kept apart.\n"
+                f"Choose another folder, such as --out {os.path.join(given_out, 'masks')}."
             )
         if kind != "file" and _inside(out, real) and _holds_foreign_images(out, suffixes):
             raise UsageError(
-                f"--out {out} lies inside the input {source} and holds images that segcli did not write. "
-                "Choose a new or empty folder."
+                f"--out {given_out} lies in the input {source} and holds images that segcli did not write.\n"
+                "Choose a new or an empty folder."
             )
     base = os.path.commonpath(anchors)
     folders = [os.path.abspath(path) for kind, path in entries if kind == "folder"]
