@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from segcli.cli.terminal import Terminal
+from segcli.models.zoo import find_model
 
 if TYPE_CHECKING:
     from rich.progress import Progress
+
+
+def get_model(name_or_path: str, terminal: Terminal, offline: bool = False) -> Path:
+    """The file of a model; a published one is downloaded on first use, after saying how much it is."""
+    with Downloading(terminal) as watch:
+        return find_model(name_or_path, offline, watch)
 
 
 class Downloading:

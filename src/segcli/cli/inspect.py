@@ -7,7 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from segcli.cli.options import Device, Json, Model, Quiet, Verbose
+from segcli.cli.downloading import get_model
+from segcli.cli.options import Device, Json, Model, Offline, Quiet, Verbose
 from segcli.cli.terminal import Terminal
 from segcli.errors import UsageError
 
@@ -25,6 +26,7 @@ def inspect(
     model: Model = "",
     top: Top = 3,
     device: Device = "auto",
+    offline: Offline = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     json: Json = False,
@@ -38,7 +40,7 @@ def inspect(
     Example:
       segcli inspect photo.jpg --out photo-inspect.png
     """
-    from segcli.models.zoo import DEFAULT_MODEL, find_model
+    from segcli.models.zoo import DEFAULT_MODEL
 
     target = out or Path(f"{image.stem}-inspect.png")
     if not image.is_file():
@@ -47,17 +49,17 @@ def inspect(
         raise UsageError(f"--out {target} must end in .png")
     if target.exists() and target.samefile(image):
         raise UsageError(f"--out {target} is the image itself; choose another name")
-    find_model(model or DEFAULT_MODEL)
+    terminal = Terminal(quiet, json)
+    model_file = get_model(model or DEFAULT_MODEL, terminal, offline)
 
     from segcli.device import describe, pick_device
     from segcli.files import write_atomic
     from segcli.images import encode_png, read_image
     from segcli.inspection import inspect_image
-    from segcli.models.zoo import open_model
+    from segcli.models.checkpoint import load_model
 
-    terminal = Terminal(quiet, json)
     picked = pick_device(device)
-    loaded = open_model(model or DEFAULT_MODEL)
+    loaded = load_model(model_file)
     terminal.say(f"Model {loaded.path.stem} ({loaded.info.network}) on {describe(picked)}")
     sheet = inspect_image(loaded, read_image(image).pixels, picked, top)
     write_atomic(target, encode_png(sheet))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from segcli.cli.downloading import Downloading
+from segcli.cli.downloading import get_model
 from segcli.cli.options import Json, Offline, Quiet, Verbose
 from segcli.cli.terminal import Terminal
 from segcli.errors import CheckpointError, UsageError
@@ -114,13 +114,10 @@ def download(
     Example:
       segcli models download fcn-resnet50-voc
     """
-    from segcli.models.zoo import find_model
-
     terminal = Terminal(quiet, json)
     models = []
     for name in names:
-        with Downloading(terminal) as watch:
-            path = find_model(name, offline, watch)
+        path = get_model(name, terminal, offline)
         terminal.say(f"{name}: {path}")
         models.append({"name": name, "path": str(path)})
     terminal.document({"models": models})
@@ -158,9 +155,9 @@ def import_(
 
     \b
     Examples:
-      segcli models import fcn8s-heavy-pascal.caffemodel --out fcn8s.safetensors
-      segcli models import checkpoint.pth.tar --arch fcn8s-atonce -o mine.safetensors
-      segcli models import fcn8s.pkl --preprocessing imagenet -o semseg.safetensors
+      segcli models import fcn8s-heavy-pascal.caffemodel -o fcn8s.safetensors
+      segcli models import some.pth --arch fcn8s-atonce -o mine.safetensors
+      segcli models import other.pkl --preprocessing imagenet -o a.safetensors
     """
     terminal = Terminal(quiet, json)
     if out.suffix != ".safetensors":

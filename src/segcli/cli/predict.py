@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from segcli.cli.options import Device, Json, Model, Quiet, Verbose
+from segcli.cli.downloading import get_model
+from segcli.cli.options import Device, Json, Model, Offline, Quiet, Verbose
 from segcli.cli.runs import Overwrite, Workers, default_workers, refuse_empty, report, run_and_show
 from segcli.cli.terminal import Terminal
 from segcli.errors import UsageError
 from segcli.inference.layout import PRODUCTS
-from segcli.models.zoo import DEFAULT_MODEL, find_model
+from segcli.models.zoo import DEFAULT_MODEL
 
 if TYPE_CHECKING:
     from segcli.inference.segmentation import Segmenter
@@ -51,6 +52,7 @@ def predict(
     workers: Workers = None,
     size: Size = None,
     opacity: Opacity = 0.5,
+    offline: Offline = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     json: Json = False,
@@ -78,7 +80,7 @@ def predict(
     images_at_a_time = batch_size_of(batch_size)
     found = parse(sources or [], list_file, str(out), SUFFIXES)
     refuse_empty(found, "image")
-    model_file = find_model(model)
+    model_file = get_model(model, terminal, offline)
     if device not in ("auto", "cpu"):
         from segcli.device import pick_device
 
