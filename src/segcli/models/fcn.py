@@ -190,7 +190,11 @@ class FCN(Network):
 
     def score_pyramid(self, images: Tensor) -> list[Tensor]:
         """Scores at stride 32, then 16, then 8, as far as the network goes; the last are the finest."""
-        pool3, pool4, fc7 = self.features(images)
+        return self.score_features(self.features(images))
+
+    def score_features(self, features: Features) -> list[Tensor]:
+        """The head: the score pyramid from the encoder's feature maps."""
+        pool3, pool4, fc7 = features
         pyramid = [self.score_fr(fc7)]  # (N, C, H/32, W/32)
         if self.stride <= 16:
             score = self.score_pool4(pool4 * self.scales[0])

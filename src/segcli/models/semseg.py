@@ -14,7 +14,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
-from segcli.models.fcn import FINAL_LAYER
+from segcli.models.fcn import FINAL_LAYER, Features
 from segcli.models.vgg import VGG16FCN, WIDTHS
 
 Mode = Literal["bilinear", "nearest"]
@@ -37,8 +37,8 @@ class ResizingVGG16FCN(VGG16FCN):
             if hasattr(self, name):
                 delattr(self, name)
 
-    def score_pyramid(self, images: Tensor) -> list[Tensor]:
-        pool3, pool4, fc7 = self.features(images)
+    def score_features(self, features: Features) -> list[Tensor]:
+        pool3, pool4, fc7 = features
         pyramid = [self.score_fr(fc7)]
         if self.stride <= 16:
             score = self.score_pool4(pool4)

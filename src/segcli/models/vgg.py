@@ -22,6 +22,11 @@ FIRST_PADDING = 100
 CLASSIFIER_SIDE = 7  # VGG16's classifier sees 7x7 features
 
 
+def convolution_names(stage: int) -> list[str]:
+    """The convolutions of a stage (1 to 5)."""
+    return [f"conv{stage}_{number}" for number in range(1, CONVOLUTIONS_PER_STAGE[stage - 1] + 1)]
+
+
 def stage_windows(last_stage: int) -> list[Window]:
     """The windows from the image to the pooling of a stage (1 to 5)."""
     windows: list[Window] = []
@@ -71,10 +76,10 @@ class VGG16FCN(FCN):
             num_classes, channels, stride, released_alignment(stride), scales, learned_output=True
         )
         before = 3
-        for stage, (count, width) in enumerate(zip(CONVOLUTIONS_PER_STAGE, widths, strict=False), start=1):
-            for number in range(1, count + 1):
-                padding = FIRST_PADDING if (stage, number) == (1, 1) else 1
-                self.add_module(f"conv{stage}_{number}", nn.Conv2d(before, width, 3, padding=padding))
+        for stage, width in enumerate(widths[:-1], start=1):
+            for name in convolution_names(stage):
+                padding = FIRST_PADDING if name == "conv1_1" else 1
+                self.add_module(name, nn.Conv2d(before, width, 3, padding=padding))
                 before = width
         self.fc6 = nn.Conv2d(before, widths[5], CLASSIFIER_SIDE)
         self.fc7 = nn.Conv2d(widths[5], widths[5], 1)
@@ -83,14 +88,22 @@ class VGG16FCN(FCN):
     def features(self, images: Tensor) -> Features:
         x = images
         pools = []
-        for stage, count in enumerate(CONVOLUTIONS_PER_STAGE, start=1):
-            for number in range(1, count + 1):
-                x = F.relu(self.get_submodule(f"conv{stage}_{number}")(x), inplace=True)
-            x = F.max_pool2d(x, 2, ceil_mode=True)
+        for stage in range(1, len(CONVOLUTIONS_PER_STAGE) + 1):
+            x = self.encode_stage(x, stage)
             pools.append(x)  # (N, C, (H + 198) / 2**stage, ...), rounded up
-        x = self.dropout(F.relu(self.fc6(x), inplace=True))
-        x = self.dropout(F.relu(self.fc7(x), inplace=True))
-        return Features(pool3=pools[2], pool4=pools[3], fc7=x)
+        return Features(pool3=pools[2], pool4=pools[3], fc7=self.fully_connected(x))
+
+    def encode_stage(self, x: Tensor, stage: int) -> Tensor:
+        """The output of a stage (1 to 5) from that of the stage before, or from the images."""
+        for name in convolution_names(stage):
+            x = F.relu(self.get_submodule(name)(x), inplace=True)
+        return F.max_pool2d(x, 2, ceil_mode=True)
+
+    def fully_connected(self, pool5: Tensor) -> Tensor:
+        """fc7 from the output of stage 5."""
+        fc6: Tensor = self.dropout(F.relu(self.fc6(pool5), inplace=True))
+        fc7: Tensor = self.dropout(F.relu(self.fc7(fc6), inplace=True))
+        return fc7
 
 
 def convolutionalize(network: VGG16FCN, classifier: Mapping[str, Tensor]) -> None:
@@ -104,7 +117,7 @@ def convolutionalize(network: VGG16FCN, classifier: Mapping[str, Tensor]) -> Non
     Raises:
         CheckpointError: A parameter is missing or has another shape.
     """
-    names = [f"conv{s}_{n}" for s, count in enumerate(CONVOLUTIONS_PER_STAGE, 1) for n in range(1, count + 1)]
+    names = [name for stage in range(1, 6) for name in convolution_names(stage)]
     sources = [f"features.{index}" for index in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)]
     pairs = dict(zip([*names, "fc6", "fc7"], [*sources, "classifier.0", "classifier.3"], strict=True))
     own = network.state_dict()
