@@ -7,13 +7,13 @@ import multiprocessing
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from loopback import Answer, Handler, Server, give, serving
 
 from segcli import downloads
 from segcli.downloads import download, is_offline, only_one
@@ -23,42 +23,7 @@ BODY = np.random.default_rng(0).bytes(600_000)
 SHA256 = "sha256:" + hashlib.sha256(BODY).hexdigest()
 MD5 = "md5:" + hashlib.md5(BODY).hexdigest()
 HALF = 300_000
-
-
-class Handler(BaseHTTPRequestHandler):
-    """Answers by the script of its server: one function per request, the last one again and again."""
-
-    server: Server
-
-    def do_GET(self) -> None:
-        self.server.requests.append({key.lower(): value for key, value in self.headers.items()})
-        number = min(len(self.server.requests), len(self.server.script)) - 1
-        self.server.script[number](self)
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-    def start(self, status: int, **headers: str) -> None:
-        self.send_response(status)
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-
-
-Answer = Callable[[Handler], None]
-
-
-class Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.script: list[Answer] = [whole]
-        self.requests: list[dict[str, str]] = []
-        self.address = f"http://127.0.0.1:{self.server_address[1]}/file.bin"
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # clients that hang up are part of the tests
+whole = give(BODY)
 
 
 def reset(handler: Handler) -> None:
@@ -66,23 +31,6 @@ def reset(handler: Handler) -> None:
     handler.wfile.flush()
     handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     handler.connection.close()
-
-
-def whole(handler: Handler, body: bytes = BODY, etag: str = '"one"') -> None:
-    """A good server: Range and If-Range as RFC 9110 wants them."""
-    wanted = handler.headers.get("Range")
-    if wanted and handler.headers.get("If-Range", etag) == etag:
-        first = int(wanted.removeprefix("bytes=").removesuffix("-"))
-        if first >= len(body):
-            handler.start(416, Content_Range=f"bytes */{len(body)}", Content_Length="0")
-            return
-        rest = body[first:]
-        span = f"bytes {first}-{len(body) - 1}/{len(body)}"
-        handler.start(206, Content_Length=str(len(rest)), Content_Range=span, ETag=etag)
-        handler.wfile.write(rest)
-        return
-    handler.start(200, Content_Length=str(len(body)), ETag=etag)
-    handler.wfile.write(body)
 
 
 def short(handler: Handler) -> None:
@@ -103,7 +51,7 @@ def ignores_range(handler: Handler) -> None:
 
 
 def wrong_content(handler: Handler) -> None:
-    whole(handler, bytes(len(BODY)))
+    give(bytes(len(BODY)))(handler)
 
 
 def stalls(handler: Handler) -> None:
@@ -155,13 +103,9 @@ def compressed(handler: Handler) -> None:
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving() as server:
+        server.script = [whole]
+        yield server
 
 
 @pytest.fixture(autouse=True)
@@ -263,7 +207,7 @@ def test_ignored_range_starts_over(server: Server, tmp_path: Path) -> None:
 
 def test_a_file_that_changed_meanwhile_starts_over(server: Server, tmp_path: Path) -> None:
     changed = BODY[::-1]
-    server.script = [short, lambda handler: whole(handler, changed, '"two"')]
+    server.script = [short, give(changed, '"two"')]
     download((server.address,), tmp_path / "file.bin")
     assert (tmp_path / "file.bin").read_bytes() == changed
 
