@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import signal
-import types
+import os
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +15,18 @@ import typer
 
 from segcli.cli.options import Device, Json, Quiet, Verbose
 from segcli.cli.terminal import Terminal
+from segcli.cli.train_display import Display, duration
 from segcli.errors import UsageError
 from segcli.training.config import RECIPES, TrainConfig, read_config, resolve, to_toml
 
 if TYPE_CHECKING:
-    from segcli.training.loop import Progress
+    import torch
+
+    from segcli.training.loop import State
+    from segcli.training.tasks import Task
+
+SHOWN_FINDINGS = 100
+MACHINE_OPTIONS = {"workers", "root"}  # may differ without changing the result
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder: model files, checkpoint, log, curves.")]
 Config = Annotated[Optional[Path], typer.Option(help="TOML file with any of the options below.")]  # noqa: UP045
@@ -30,6 +37,9 @@ Overwrite = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Try one batch; print memory and an estimate of the time.")
 ]
+SkipCheck = Annotated[
+    bool, typer.Option("--skip-check", help="Start without reading every image and label of the data once.")
+]
 
 
 def train(
@@ -38,6 +48,7 @@ def train(
     recipe: Recipe = "",
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
+    skip_check: SkipCheck = False,
     device: Device = "auto",
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -46,8 +57,9 @@ def train(
 ) -> None:
     """Train or fine-tune an FCN; the result is a model file for `segcli predict --model`.
 
-    The run folder gets best.safetensors, last.safetensors, log.jsonl, curves.png (with the extra
-    segcli[train]) and checkpoint.pt. The same command again goes on where an interrupted one stopped.
+    The run folder gets best.safetensors, last.safetensors, log.jsonl, samples/ and checkpoint.pt; with the
+    extra segcli[train] also curves.png and TensorBoard events. The same command again goes on where an
+    interrupted one stopped.
 
     Later sources of options win: defaults, --recipe, --config, the command line.
 
@@ -58,13 +70,116 @@ def train(
       segcli train --config recipes/fcn8s-voc.toml --out runs/voc
       torchrun --nproc-per-node 4 -m segcli train --data voc --out runs/voc
     """
-    if recipe and recipe not in RECIPES:
-        raise UsageError(f"--recipe {recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
-    given = {name: value for name, value in options.items() if value not in (None, ())}
-    resolved = resolve(RECIPES.get(recipe, {}), read_config(config) if config else {}, given)
-    terminal = Terminal(quiet, json)
-    check_run_folder(out, resolved, overwrite)
-    run_training(out, resolved, device, dry_run, terminal)
+    with one_voice():
+        if recipe and recipe not in RECIPES:
+            raise UsageError(f"--recipe {recipe!r} is unknown; choose one of {', '.join(RECIPES)}")
+        given = {name: value for name, value in options.items() if value not in (None, ())}
+        resolved = resolve(RECIPES.get(recipe, {}), read_config(config) if config else {}, given)
+        terminal = Terminal(quiet, json)
+        run_training(out, resolved, device, overwrite, dry_run, skip_check, terminal)
+
+
+@contextmanager
+def one_voice() -> Iterator[None]:
+    """Under torchrun: join the other processes first; of an error that all have, one speaks."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    from segcli.training import distributed
+    from segcli.training.loop import NonFinite
+
+    distributed.start()
+    try:
+        yield
+    except distributed.FailedElsewhere as error:
+        raise typer.Exit(error.exit_code) from None
+    except NonFinite as error:
+        if distributed.rank() == 0:
+            raise
+        raise typer.Exit(error.exit_code) from None
+    except RuntimeError as error:
+        if not distributed.lost_another(error):
+            raise
+        raise typer.Exit(1) from None  # the one that failed said why
+    distributed.finish()
+
+
+def run_training(
+    out: Path,
+    config: TrainConfig,
+    device_name: str,
+    overwrite: bool,
+    dry_run: bool,
+    skip_check: bool,
+    terminal: Terminal,
+) -> None:
+    """Set up, train, report."""
+    import multiprocessing
+
+    from segcli.device import describe, pick_device, pick_precision
+    from segcli.files import require_writable, write_atomic
+    from segcli.inference.interrupts import Interrupts
+    from segcli.training import distributed, loop, record
+    from segcli.training.setup import available_workers, make_task
+
+    first = distributed.rank() == 0
+    terminal.quiet |= not first
+    terminal.json &= first
+    with distributed.together():
+        device = distributed.own_device(pick_device(device_name))
+        precision = pick_precision(config.precision, device)
+        workers = available_workers() if config.workers < 0 else config.workers
+        config = dataclasses.replace(config, precision=precision, workers=workers)
+        if first and not dry_run:
+            check_run_folder(out, config, overwrite)
+        task = make_task(config, device)
+        state = loop.new_state(task, config, device)
+        for line in task.about:
+            terminal.say(line)
+        together = f"{distributed.processes()} processes, " if distributed.processes() > 1 else ""
+        terminal.say(f"On {together}{describe(device)}, in {precision}.")
+        if first and not dry_run:
+            require_writable(out)
+        resumed = not dry_run and loop.load_state(out, state)
+        if not (resumed or skip_check):
+            distributed.from_first(lambda: check_data(task, config, terminal))
+    if dry_run:
+        try_one_batch(task, state, config, device, terminal)
+        return
+    if resumed and not loop.is_finished(state, config):
+        terminal.say(f"Going on in {out} at epoch {state.epoch + 1}, batch {state.batch + 1}.")
+    if first:
+        write_atomic(out / "config.toml", to_toml(config).encode())
+    events = record.Events(out, state.epoch) if first else None
+    stop = threading.Event()
+
+    def end_workers() -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+
+    def after_epoch(entry: dict[str, Any]) -> None:
+        display.finished_epoch(entry)
+        if events is not None:
+            events.epoch(entry)
+            record.draw_curves(out, state.history, task.score)
+
+    with (
+        Interrupts(stop, end_workers, distributed.signal_copies(), announce=first) as interrupts,
+        Display(terminal, config.epochs, state.history, task.score) as display,
+    ):
+        watcher = loop.Watcher(display.trained, display.validated, after_epoch, stop.is_set)
+        finished = loop.train(loop.Training(task, state, config, out, device, watcher))
+    if events is not None:
+        events.close()
+    if not finished:
+        if first:
+            terminal.warn(
+                f"Stopped in epoch {state.epoch + 1} after batch {state.batch}. "
+                "The same command goes on from there."
+            )
+        raise typer.Exit(128 + interrupts.number if interrupts.number else 1)
+    if first:
+        report(out, config, state.history, task.score, terminal)
 
 
 def check_run_folder(out: Path, config: TrainConfig, overwrite: bool) -> None:
@@ -76,145 +191,109 @@ def check_run_folder(out: Path, config: TrainConfig, overwrite: bool) -> None:
     saved = out / "config.toml"
     if not saved.is_file():
         return
-    machine = {"workers", "root"}  # may differ without changing the result
+    if overwrite:
+        for name in ("checkpoint.pt", "config.toml", "log.jsonl"):
+            (out / name).unlink(missing_ok=True)
+        return
     before, now = dataclasses.asdict(resolve(read_config(saved))), dataclasses.asdict(config)
-    changed = [name for name in now if before[name] != now[name] and name not in machine]
-    if changed and not overwrite:
+    changed = [name for name in now if before[name] != now[name] and name not in MACHINE_OPTIONS]
+    if changed:
         shown = ", ".join(f"{name} was {before[name]!r}, is {now[name]!r}" for name in changed[:3])
         raise UsageError(
             f"{out} holds a training with other options ({shown}).\n"
             "Choose another --out, or add --overwrite to start anew."
         )
-    if overwrite:
-        for name in ("checkpoint.pt", "config.toml", "log.jsonl"):
-            (out / name).unlink(missing_ok=True)
 
 
-def run_training(out: Path, config: TrainConfig, device_name: str, dry_run: bool, terminal: Terminal) -> None:
-    """Set up, train, report."""
-    from segcli.device import describe, pick_device, pick_precision
-    from segcli.files import write_atomic
-    from segcli.training import distributed, loop, record
-    from segcli.training.setup import available_workers, make_task
+def check_data(task: Task, config: TrainConfig, terminal: Terminal) -> None:
+    """Look at every file that will be trained on, before anything is.
 
-    device = distributed.start(pick_device(device_name), config.batch_size)
-    first = distributed.is_first()
-    terminal.quiet |= not first
-    precision = pick_precision(config.precision, device)
-    workers = available_workers() if config.workers < 0 else config.workers
-    config = dataclasses.replace(config, precision=precision, workers=workers)
-    task = make_task(config, device)
-    state = loop.new_state(task, config, device)
-    terminal.say(
-        f"Training {config.encoder} on {len(task.names)} images on {describe(device)} in {precision}."
-    )
-    if dry_run:
-        try_one_batch(task, state, config, device, terminal)
-        return
-    if (out / loop.CHECKPOINT).is_file():
-        loop.load_state(out, state)
-        terminal.say(f"Going on in {out} at epoch {state.epoch + 1}, batch {state.batch + 1}.")
-    if first:
-        write_atomic(out / "config.toml", to_toml(config).encode())
-    events = record.Events(out) if first else None
-
-    with stop_requests() as stopped, terminal.progress() as bar:
-        line = bar.add_task("epoch", total=None, rate="")
-
-        def after_batch(progress: Progress) -> None:
-            bar.update(
-                line,
-                description=f"epoch {progress.epoch + 1}/{config.epochs}  loss {progress.loss:.3f}",
-                completed=progress.batch,
-                total=progress.batches,
-                rate=f"{progress.images_per_second:.1f}",
-            )
-
-        def after_epoch(entry: dict[str, Any]) -> None:
-            terminal.say(epoch_line(entry, config))
-            if events is not None:
-                events.epoch(entry)
-                record.draw_curves(out, state.history, task.score)
-
-        watcher = loop.Watcher(after_batch, after_epoch, lambda: bool(stopped))
-        finished = loop.train(task, state, config, out, device, watcher)
-    if events is not None:
-        events.close()
-    distributed.finish()
-    if not finished:
-        terminal.warn(
-            f"Stopped at epoch {state.epoch + 1}, batch {state.batch}. The same command goes on from there."
+    Raises:
+        UsageError: Some cannot be used; a line for each has been printed.
+    """
+    with Display(terminal, config.epochs, [], task.score) as display:
+        findings = task.check(display.checked)
+    serious = [finding for finding in findings if finding.serious]
+    for finding in serious[:SHOWN_FINDINGS]:
+        terminal.warn(str(finding))
+    if serious:
+        more = len(serious) - SHOWN_FINDINGS
+        listed = f" and {more} more" if more > 0 else ""
+        terminal.document({"findings": [str(finding) for finding in serious]})
+        shown = min(len(serious), SHOWN_FINDINGS)
+        raise UsageError(f"nothing was trained, because of the {shown} findings above{listed}")
+    if findings:
+        terminal.say(
+            f"{len(findings)} files are not used, such as {findings[0].path}, which {findings[0].problem}."
         )
-        raise typer.Exit(128 + stopped[0])
-    report(out, state.history, task.score, terminal)
 
 
-def epoch_line(entry: dict[str, Any], config: TrainConfig) -> str:
-    """One epoch in one line."""
-    parts = [f"epoch {entry['epoch']:>3}/{config.epochs}", f"loss {entry['loss']:.4f}"]
-    parts += [f"{name.replace('_', ' ')} {100 * entry[name]:.2f}"
-              for name in ("mean_iou", "pixel_accuracy", "accuracy") if name in entry]  # fmt: skip
-    return "  ".join([*parts, f"lr {entry['lr']:.2e}", f"{entry['seconds']:.0f} s"])
-
-
-def report(out: Path, history: list[dict[str, Any]], score: str, terminal: Terminal) -> None:
+def report(
+    out: Path, config: TrainConfig, history: list[dict[str, Any]], score: str, terminal: Terminal
+) -> None:
     """The result: the best epoch, its scores per class, and how to use it."""
     scored = [entry for entry in history if score in entry]
     best = max(scored, key=lambda entry: entry[score]) if scored else history[-1]
     if "per_class" in best:
         rows = [[name, f"{100 * iou:.1f}"] for name, iou in best["per_class"].items()]
         terminal.table(["class", "IoU"], [*rows, ["mean", f"{100 * best['mean_iou']:.1f}"]])
-    name = "best.safetensors" if scored else "last.safetensors"
-    terminal.say(
-        f"Best epoch: {best['epoch']}. Use it: segcli predict images/ --out masks/ --model {out / name}"
+    model = out / ("best.safetensors" if scored else "last.safetensors")
+    seconds = sum(entry["seconds"] for entry in history)
+    early = (
+        ""
+        if len(history) == config.epochs
+        else f" (stopped early, no better score in {config.patience} validations)"
     )
-    terminal.document({"run": str(out), "model": str(out / name), "best": best, "epochs": len(history)})
+    terminal.say(f"{len(history)} epochs in {duration(seconds)}{early}; the best is epoch {best['epoch']}.")
+    if config.task == "classify":
+        terminal.say(f"Use it: segcli train --encoder {config.encoder} --encoder-weights {model} --data ...")
+    else:
+        terminal.say(f"Use it: segcli predict images/ --out masks/ --model {model}")
+    terminal.document({"run": str(out), "model": str(model), "best": best, "epochs": len(history)})
 
 
-def try_one_batch(task: Any, state: Any, config: TrainConfig, device: Any, terminal: Terminal) -> None:
-    """One batch through everything, timed; nothing is written."""
+def try_one_batch(
+    task: Task, state: State, config: TrainConfig, device: torch.device, terminal: Terminal
+) -> None:
+    """One batch and one validated image through everything, timed; nothing is written."""
     import resource
     import time
 
     import torch
 
     from segcli.data.loading import batches, loader
+    from segcli.training import distributed
     from segcli.training.loop import train_step
 
     order = batches(len(task.names), config.batch_size, config.seed, 0)
-    seconds = []
-    for images, targets in loader(task.samples, order[:2], 0, pin=False):
-        started = time.monotonic()
+    own = [distributed.share(batch) for batch in order[:2]]
+    seconds, validation, count = [], 0.0, 0
+    for images, targets in loader(task.samples, own, 0, pin=False):  # the first one pays for getting ready
+        began = time.monotonic()
         loss = train_step(task, state, config, images.to(device), targets.to(device).long())
-        seconds.append(time.monotonic() - started)
+        seconds.append(time.monotonic() - began)
+    if task.validate is not None:
+        began = time.monotonic()
+
+        def stop_after_one(done: int, of: int) -> bool:
+            nonlocal validation, count
+            validation, count = time.monotonic() - began, of
+            return False
+
+        task.validate(state.result.eval(), stop_after_one)
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device) / 2**30
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    hours = seconds[-1] * len(order) * config.epochs / 3600
+    hours = config.epochs * (seconds[-1] * len(order) + validation * count / config.validate_every) / 3600
     terminal.say(
-        f"One batch of {config.batch_size}: loss {loss:.3f}, {seconds[-1]:.2f} s, {memory:.1f} GiB at most. "
-        f"{config.epochs} epochs of {len(order)} batches take about {hours:.1f} h without validation."
+        f"One batch of {config.batch_size}: loss {loss:.3f}, {seconds[-1]:.2f} s, {memory:.1f} GiB at most."
+    )
+    terminal.say(
+        f"{config.epochs} epochs of {len(order)} batches, with validation, take about "
+        f"{duration(3600 * hours)}, if images load as fast."
     )
     terminal.document({"loss": loss, "seconds_per_batch": seconds[-1], "peak_gib": memory, "hours": hours})
-
-
-@contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM, once each; a second one ends the process at once."""
-    received: list[int] = []
-
-    def on_signal(number: int, _: types.FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def with_config_options(command: Callable[..., None]) -> Callable[..., None]:

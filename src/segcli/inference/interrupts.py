@@ -20,12 +20,20 @@ class Interrupts:
     Args:
         stop: What the run looks at.
         at_once: Called before a second signal ends the process.
+        copies: How often one Ctrl-C arrives: torchrun passes on what the terminal has sent already.
+        announce: Say on stderr that it will stop.
     """
 
-    def __init__(self, stop: threading.Event, at_once: Callable[[], None]) -> None:
+    def __init__(
+        self, stop: threading.Event, at_once: Callable[[], None], copies: int = 1, announce: bool = True
+    ) -> None:
         self.number = 0  # of the first signal; 0 when there was none
+        self._received = 0
         self._stop = stop
         self._at_once = at_once
+        self._copies = copies
+        self._announce = announce
+        self._process = os.getpid()
         self._raise = False
         self._before: dict[int, Any] = {}
 
@@ -52,12 +60,20 @@ class Interrupts:
             self._raise = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.number:
+        if os.getpid() != self._process:  # a child that was forked just now and has no handler of its own yet
+            return
+        self._received += 1
+        if self._received > self._copies:
             self._at_once()
+            if sys.stderr.isatty():
+                os.write(2, b"\x1b[?25h\n")  # the progress bar hides the cursor
             os._exit(128 + self.number)
+        if self.number:
+            return
         self.number = number
         self._stop.set()
         if self._raise:
             raise KeyboardInterrupt
-        start = b"\r\x1b[2K" if sys.stderr.isatty() else b""  # in place of the progress bar
-        os.write(2, start + b"Stopping after what is being computed now. Ctrl-C again stops at once.\n")
+        if self._announce:
+            start = b"\r\x1b[2K" if sys.stderr.isatty() else b""  # in place of the progress bar
+            os.write(2, start + b"Stopping after what is being computed now. Ctrl-C again stops at once.\n")

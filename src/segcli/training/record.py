@@ -38,14 +38,19 @@ def draw_curves(run: Path, history: Sequence[dict[str, Any]], score: str) -> boo
 
 
 class Events:
-    """TensorBoard events of a run; writes nothing when tensorboard is not installed."""
+    """TensorBoard events of a run; writes nothing when tensorboard is not installed.
 
-    def __init__(self, run: Path) -> None:
+    Args:
+        run: The run folder.
+        epochs: How many are done. What an interrupted run wrote about later ones is hidden.
+    """
+
+    def __init__(self, run: Path, epochs: int) -> None:
         self.writer = None
         with contextlib.suppress(ImportError):
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(run / "tensorboard"))
+            self.writer = SummaryWriter(str(run / "tensorboard"), purge_step=epochs + 1)
 
     def epoch(self, record: dict[str, Any]) -> None:
         """Write the numbers of an epoch's log record."""

@@ -13,10 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from segcli.data.loading import Item
+from segcli.data.verify import Finding
 from segcli.models.fcn import Network
 from segcli.models.preprocessing import Preprocessing, normalize
 from segcli.training.config import TrainConfig
 from segcli.training.losses import auxiliary_loss, label_weight, segmentation_loss
+from segcli.training.validation import GoOn, Validation
 
 
 class Objective(nn.Module):
@@ -58,8 +61,6 @@ class SegmentationObjective(Objective):
         self.class_weights: Tensor | None
 
     def weight(self, targets: Tensor) -> Tensor:
-        if self.config.summed_loss:
-            return torch.ones((), device=targets.device)
         return label_weight(targets, self.class_weights)
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
@@ -100,18 +101,22 @@ class Task:
     Attributes:
         objective: The network with its loss.
         samples: Gives (image, target) tensors by `data.loading.Key`.
+        about: What is trained and from what it starts, lines for people.
         names: The samples' names, for messages.
-        validate: Scores a network on the validation split; None when there is none.
-        score: The key of the validation's result that decides which weights are the best.
+        validate: Scores a network in evaluation mode on the validation split; None when there is none.
+        score: The key of the validation's scores that decides which weights are the best.
         save: Writes a network with its scores as a model file.
+        check: Looks at every file that is needed; told after each how many are done, of how many.
     """
 
     objective: Objective
-    samples: Dataset[tuple[Tensor, Tensor]]
+    samples: Dataset[Item]
+    about: Sequence[str]
     names: Sequence[str]
-    validate: Callable[[nn.Module], dict[str, Any]] | None
+    validate: Callable[[nn.Module, GoOn], Validation | None] | None
     score: str
     save: Callable[[Path, nn.Module, dict[str, Any]], None]
+    check: Callable[[Callable[[int, int], object]], list[Finding]]
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
