@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from small_model import save_picture, small_model
 
@@ -19,6 +21,7 @@ from segcli.cli import main
 from segcli.data.sets import open_data
 from segcli.errors import UsageError
 from segcli.evaluation import evaluate, matching_classes, predictions_in_folder
+from segcli.inference.tta import TTA, average
 from segcli.palettes import CLASS_SETS, ClassSet
 
 Values = list[list[int]]
@@ -286,22 +289,29 @@ def test_a_closed_pipe_and_help() -> None:
 # ---- models ----
 
 
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def predicted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three photographs of two sizes with labels from the model's own masks, shifted by one pixel."""
+    root = tmp_path_factory.mktemp("predicted")
     for number, (height, width) in enumerate([(48, 64), (40, 56), (48, 64)]):
-        save_picture(tmp_path / f"images/{number}.png", height, width, seed=number)
+        save_picture(root / f"images/{number}.png", height, width, seed=number)
     with pytest.raises(SystemExit) as stop:
-        main(["predict", str(tmp_path / "images"), "--out", str(tmp_path / "predicted"), "--save", "mask",
+        main(["predict", str(root / "images"), "--out", str(root / "predicted"), "--save", "mask",
               "--model", str(small_model()), "--workers", "0", "--quiet"])  # fmt: skip
     assert not stop.value.code
     for number in range(3):
-        with Image.open(tmp_path / f"predicted/{number}.png") as found:
+        with Image.open(root / f"predicted/{number}.png") as found:
             label = np.roll(np.array(found), 1, axis=1)
         label[:2] = 255
-        mask(tmp_path / f"masks/{number}.png", label.tolist())
-    (tmp_path / "classes.txt").write_text("\n".join(CLASS_SETS["voc"].names))
-    return tmp_path
+        mask(root / f"masks/{number}.png", label.tolist())
+    (root / "classes.txt").write_text("\n".join(CLASS_SETS["voc"].names))
+    return root
+
+
+@pytest.fixture
+def photos(predicted: Path, tmp_path: Path) -> Path:
+    """A copy of them that a test may change."""
+    return Path(shutil.copytree(predicted, tmp_path / "photos"))
 
 
 def test_a_model_scores_as_the_masks_that_predict_writes(
@@ -319,6 +329,33 @@ def test_a_model_scores_as_the_masks_that_predict_writes(
     for key in ("pixel_accuracy", "mean_iou", "boundary_iou", "per_class"):
         assert of_model[key] == of_masks[key]
     assert (photos / "out/worst.jpg").exists()
+
+
+def test_size_and_variants_change_the_scores(photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--data", photos, "--split", "all", "--model", small_model(), "--json")
+    found = []
+    for extra in ((), ("--tta", "flip"), ("--tta", "scales"), ("--size", 40)):
+        assert run(*options, *extra) == 0
+        found.append(scores_of(capsys)["pixel_accuracy"])
+    assert len(set(found)) == 4
+    assert run(*options, "--tta", "rotate") == 2
+    assert "--tta 'rotate' is unknown; use none, flip, scales" in capsys.readouterr().err
+
+
+def test_variants_average_probabilities() -> None:
+    def network(images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([images[:, :1], images[:, 1:2].cumsum(-1)], 1)  # the sum runs from left to right
+
+    images = torch.rand(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    mirrored = network(images.flip(-1)).flip(-1)
+    expected = (network(images).softmax(1) + mirrored.softmax(1)) / 2
+    assert torch.allclose(average(network, images, TTA["flip"]).exp(), expected, atol=1e-6)
+    assert torch.equal(average(network, images, TTA["none"]), network(images))
+    three = average(lambda x: x, images, TTA["scales"])
+    assert three.shape == images.shape
+    assert torch.allclose(three.exp().sum(1), torch.ones(2, 4, 6), atol=1e-5)
+    certain = average(lambda x: x * 1e6, images, TTA["flip"])
+    assert torch.isfinite(certain).all()
 
 
 def test_a_photograph_that_cannot_be_read_is_one_failure(

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from segcli.cli.options import Device, Json, Quiet, Verbose
+from segcli.cli.downloading import get_model
+from segcli.cli.options import Device, Json, Offline, Quiet, Verbose
 from segcli.cli.terminal import Terminal
 from segcli.errors import UsageError
 
@@ -28,9 +29,7 @@ ModelName = Annotated[
     str, typer.Option("--model", "-m", help="A name of `segcli models list`, or a model file.")
 ]
 Pred = Annotated[Optional[Path], typer.Option(help="A folder of masks to score, instead of a model.")]  # noqa: UP045
-LabelFolder = Annotated[
-    Path | None, typer.Option("--labels", help="A folder of labels, instead of --data.")
-]
+LabelFolder = Annotated[Path | None, typer.Option("--labels", help="A folder of labels, instead of --data.")]
 Classes = Annotated[str, typer.Option(help="With --labels: a class set, its file, or the number of classes.")]
 Ignore = Annotated[
     Optional[int],  # noqa: UP045
@@ -46,6 +45,14 @@ Size = Annotated[
 ]
 
 
+Tta = Annotated[
+    str,
+    typer.Option(
+        help="none; flip: also mirrored; scales: at 0.75, 1 and 1.25 times the size, also mirrored."
+    ),
+]
+
+
 def evaluate(
     data: Data = "",
     split: Split = "val",
@@ -58,6 +65,8 @@ def evaluate(
     out: Out = None,
     device: Device = "auto",
     size: Size = None,
+    tta: Tta = "none",
+    offline: Offline = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
     json: Json = False,
@@ -94,7 +103,9 @@ def evaluate(
         about = {"pred": str(pred)}
         result = run(dataset, predictions_in_folder(dataset, pred), terminal)
     else:
-        result, about = run_model(dataset, model, device, size, terminal)
+        file = get_model(model, terminal, offline)
+        result, about = run_model(dataset, file, device, size, tta, terminal)
+        about["model"] = model
     report(result, about | {"data": dataset.name, "split": dataset.split}, out, labels is None, terminal)
     if result.failed:
         raise typer.Exit(1)
@@ -124,7 +135,7 @@ def parse_classes(text: str) -> Any:
 
 
 def run_model(
-    dataset: DataSet, model_name: str, device_name: str, size: int | None, terminal: Terminal
+    dataset: DataSet, model_file: Path, device_name: str, size: int | None, tta: str, terminal: Terminal
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Score a model; the second result says which, and how."""
     import threading
@@ -132,19 +143,28 @@ def run_model(
     from segcli.device import describe, pick_device
     from segcli.evaluation import matching_classes, predictions_of_model
     from segcli.inference.segmentation import Segmenter
-    from segcli.models.zoo import open_model
+    from segcli.inference.tta import TTA
+    from segcli.models.checkpoint import load_model
 
+    if tta not in TTA:
+        raise UsageError(f"--tta {tta!r} is unknown; use {', '.join(TTA)}")
     device = pick_device(device_name)
-    model = open_model(model_name)
+    model = load_model(model_file)
     matching_classes(model.info.class_set, dataset.class_set)
-    terminal.say(f"{model_name} on {len(dataset.samples)} images of {dataset.name} on {describe(device)}")
+    terminal.say(
+        f"{model_file.stem} on {len(dataset.samples)} images of {dataset.name} on {describe(device)}"
+    )
     stop = threading.Event()
     try:
-        segmenter = Segmenter(model, device, (), shorter_side=size)
+        segmenter = Segmenter(model, device, (), shorter_side=size, tta=tta)
         result = run(dataset, predictions_of_model(dataset, segmenter, stop), terminal)
     finally:
         stop.set()
-    return result, {"model": model_name, "sha256": model.sha256, "size": segmenter.preprocessing.shorter_side}
+    return result, {
+        "sha256": model.sha256,
+        "size": segmenter.preprocessing.shorter_side,
+        "tta": tta,
+    }
 
 
 def run(dataset: DataSet, predictions: Iterator[Prediction], terminal: Terminal) -> Evaluation:

@@ -21,6 +21,7 @@ from torch import Tensor
 from segcli.errors import ImageError
 from segcli.inference.decoders import Decoded
 from segcli.inference.products import encode_products
+from segcli.inference.tta import TTA, average
 from segcli.models.checkpoint import Model
 from segcli.models.preprocessing import to_tensor
 
@@ -47,6 +48,7 @@ class Segmenter:
         batch_size: Images at a time; None lets the device decide. On the CPU it is always 1.
         shorter_side: Overrides the size at which the network sees images.
         opacity: Of the colours in overlays, 0 to 1.
+        tta: Variants of an image whose probabilities are averaged, a key of `tta.TTA`.
     """
 
     def __init__(
@@ -57,8 +59,10 @@ class Segmenter:
         batch_size: int | None = None,
         shorter_side: int | None = None,
         opacity: float = 0.5,
+        tta: str = "none",
     ) -> None:
         self.network = model.network.to(device)
+        self.variants = TTA[tta]
         self.device = device
         self.classes = model.info.class_set
         self.preprocessing = model.info.preprocessing
@@ -114,7 +118,7 @@ class Segmenter:
         """Scores (C, h, w) of inputs (1, 3, h, w) of one size; halves the batch when memory runs out."""
         problem = ""
         try:
-            return list(self.network(torch.cat(list(tensors)).to(self.device)))
+            return list(average(self.network, torch.cat(list(tensors)).to(self.device), self.variants))
         except (RuntimeError, MemoryError) as error:
             problem = str(error)
             short_of_memory = is_out_of_memory(error)

@@ -1,0 +1,54 @@
+"""Test-time augmentation: the mean of what a network says of variants of an image.
+
+Source: Chen et al., "Rethinking Atrous Convolution for Semantic Image Segmentation" (2017), section 4:
+probabilities at several scales, and of the mirrored image, are averaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LEAST = 1e-30  # of a probability, so that its logarithm can still be interpolated
+
+
+@dataclass(frozen=True)
+class Variants:
+    """Scales at which an image is seen; at each of them also mirrored, where `mirrored`."""
+
+    scales: tuple[float, ...] = (1.0,)
+    mirrored: bool = False
+
+
+TTA: dict[str, Variants] = {
+    "none": Variants(),
+    "flip": Variants(mirrored=True),
+    "scales": Variants((0.75, 1.0, 1.25), mirrored=True),
+}
+
+
+def average(network: Callable[[Tensor], Tensor], images: Tensor, variants: Variants) -> Tensor:
+    """Scores (N, C, h, w) of images (N, 3, H, W): the logarithm of the mean probabilities of all variants.
+
+    With one variant they are the network's own scores.
+    """
+    if variants == TTA["none"]:
+        return network(images)
+    size = images.shape[-2:]
+    total = torch.zeros(())
+    for scale in variants.scales:
+        scaled = images
+        if scale != 1:
+            smaller = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
+            scaled = F.interpolate(images, smaller, mode="bilinear", align_corners=False, antialias=scale < 1)
+        for mirrored in (False, True)[: 1 + variants.mirrored]:
+            scores = network(scaled.flip(-1) if mirrored else scaled).float()
+            scores = scores.flip(-1) if mirrored else scores
+            if scores.shape[-2:] != size:
+                scores = F.interpolate(scores, size, mode="bilinear", align_corners=False)
+            total = total.to(scores.device) + scores.softmax(1)
+    return (total / total.sum(1, keepdim=True)).clamp_min(LEAST).log()
