@@ -4,7 +4,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-faults lint format bench clean
+.PHONY: help setup demo docs test test-faults lint format bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,6 +23,9 @@ demo: setup  ## segment a few real photographs with a bundled model, into demo/m
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest
+
+docs: setup  ## write docs/commands.md and the pictures of the README
+	$(BIN)/python docs/make.py
 
 test-faults: setup  ## run the fault suite with its full counts (an hour or so)
 	SEGCLI_FAULTS=full $(BIN)/python -m pytest -m faults -s
