@@ -9,6 +9,7 @@ import released
 import torch
 from torch import Tensor
 
+from segcli.models import windowed
 from segcli.models.networks import AT_ONCE_SCALES
 from segcli.models.semseg import ResizingVGG16FCN
 from segcli.models.vgg import VGG16FCN
@@ -128,6 +129,17 @@ def test_features_are_those_of_the_plain_network() -> None:
         x = image(70, 45)
         for found, expected in zip(WindowedVGG16(plain).features(x), plain.features(x), strict=True):
             assert relative_error(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_fc6_in_strips(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    # pool5 of 90 x 45 pixels is 9 x 8, so fc6 gives 3 x 2 answers; each sees 7 * 7 * 6 numbers
+    monkeypatch.setattr(windowed, "PATCHES", rows * 2 * 2 * 7 * 7 * THIN[4])
+    plain = thin(8)
+    with torch.no_grad():
+        x = image(90, 45, number=2)
+        assert plain.features(x).fc7.shape == (2, THIN[5], 3, 2)
+        assert relative_error(WindowedVGG16(plain)(x), plain(x)) < 1e-5
 
 
 def test_the_at_once_net() -> None:

@@ -91,19 +91,15 @@ class VGG16FCN(FCN):
         for stage in range(1, len(CONVOLUTIONS_PER_STAGE) + 1):
             x = self.encode_stage(x, stage)
             pools.append(x)  # (N, C, (H + 198) / 2**stage, ...), rounded up
-        return Features(pool3=pools[2], pool4=pools[3], fc7=self.fully_connected(x))
+        x = self.dropout(F.relu(self.fc6(x), inplace=True))
+        x = self.dropout(F.relu(self.fc7(x), inplace=True))
+        return Features(pool3=pools[2], pool4=pools[3], fc7=x)
 
     def encode_stage(self, x: Tensor, stage: int) -> Tensor:
         """The output of a stage (1 to 5) from that of the stage before, or from the images."""
         for name in convolution_names(stage):
             x = F.relu(self.get_submodule(name)(x), inplace=True)
         return F.max_pool2d(x, 2, ceil_mode=True)
-
-    def fully_connected(self, pool5: Tensor) -> Tensor:
-        """fc7 from the output of stage 5."""
-        fc6: Tensor = self.dropout(F.relu(self.fc6(pool5), inplace=True))
-        fc7: Tensor = self.dropout(F.relu(self.fc7(fc6), inplace=True))
-        return fc7
 
 
 def convolutionalize(network: VGG16FCN, classifier: Mapping[str, Tensor]) -> None:

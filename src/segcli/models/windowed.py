@@ -12,6 +12,10 @@ convolutions see their zero padding. So only the window that the image can reach
 - Max pooling commutes with the difference. Windows are widened to whole pooling windows.
 - The window never meets the ring before stage 5. Stage 5, fc6 and fc7 see the whole canvas: the window laid
   on what an empty canvas gives. That comes from a small empty canvas, stretched along its constant middle.
+
+Two things more are done as processors like them: maps lie channels last, for which PyTorch's pooling is seven
+times as fast on a CPU, and fc6 is a matrix product, for its 411 MB of weights take long to rearrange for a
+convolution of so few pixels. See docs/performance.md.
 """
 
 from __future__ import annotations
@@ -29,6 +33,7 @@ from segcli.models.vgg import FIRST_PADDING, VGG16FCN, convolution_names, stage_
 STAGES = (1, 2, 3, 4)  # in stage 5 the image reaches the ring along the canvas's edge
 SEEN_WHOLE = (3, 4)  # stages whose maps are scored or go on to stage 5
 REMEMBERED = 64  # small empty canvases that are kept, 0.4 MB each at full width
+PATCHES = 1 << 24  # numbers that fc6 sees at a time, however large the image
 
 
 class Span(NamedTuple):
@@ -139,7 +144,8 @@ class WindowedVGG16(Network):
         height, width = images.shape[-2:]
         empty = self._empty_canvas(height, width)
         maps = {}
-        u = images  # differences from the constant, (N, C, window's height, window's width)
+        # Differences from the constant, (N, C, window's height, window's width)
+        u = images.contiguous(memory_format=torch.channels_last)
         for stage, y, x in zip(STAGES, trace(height), trace(width), strict=True):
             if any(x.widened + y.widened):
                 u = F.pad(u, x.widened + y.widened)
@@ -149,7 +155,8 @@ class WindowedVGG16(Network):
             if stage in SEEN_WHOLE:
                 maps[stage] = empty[stage].to(u.dtype) + F.pad(u, x.outside + y.outside)
         pool5 = self.network.encode_stage(maps[4], 5)
-        return Features(pool3=maps[3], pool4=maps[4], fc7=self.network.fully_connected(pool5))
+        fc7 = self._convolution("fc7")(self._fc6(pool5)).relu_()
+        return Features(pool3=maps[3], pool4=maps[4], fc7=fc7)
 
     def _convolution(self, name: str) -> nn.Conv2d:
         layer = self.network.get_submodule(name)
@@ -163,23 +170,43 @@ class WindowedVGG16(Network):
         u = F.conv2d(u, weight, bias, padding=weight.shape[-1] - 1)
         return u.clamp_(min=floor.to(u.dtype))
 
+    def _fc6(self, pool5: Tensor) -> Tensor:
+        layer = self._convolution("fc6")
+        assert layer.bias is not None
+        matrix, side = layer.weight.flatten(1), layer.weight.shape[-1]  # (4096, 512 * 7 * 7)
+        height, width = (length - side + 1 for length in pool5.shape[-2:])
+        rows = max(1, PATCHES // (len(pool5) * width * matrix.shape[1]))
+        strips = []
+        for top in range(0, height, rows):
+            patches = F.unfold(pool5[:, :, top : top + rows + side - 1], side)  # (N, 512 * 7 * 7, positions)
+            answers = (matrix @ patches + layer.bias[:, None]).relu_()
+            strips.append(answers.reshape(len(pool5), len(matrix), -1, width))
+        return torch.cat(strips, 2)
+
     def _empty_canvas(self, height: int, width: int) -> dict[int, Tensor]:
-        """The maps of the stages in `SEEN_WHOLE` for an empty image, (1, C, h, w)."""
+        """The maps of the stages in `SEEN_WHOLE` for an empty image, (C, h, w)."""
         small_height, small_width = smallest_alike(height), smallest_alike(width)
         constant = -self.get_buffer("conv1_1_floor")  # (C, 1, 1)
         key = (small_height, small_width, constant.dtype, constant.device)
-        if key not in self._remembered:
-            if len(self._remembered) >= REMEMBERED:
-                del self._remembered[next(iter(self._remembered))]
-            self._remembered[key] = self._small_empty_canvas(constant, small_height, small_width)
+        smalls = self._remembered.get(key)
+        if smalls is None:
+            smalls = self._small_empty_canvas(constant, small_height, small_width)
+            while len(self._remembered) >= REMEMBERED:
+                self._remembered.pop(next(iter(self._remembered)), None)  # the oldest
+            self._remembered[key] = smalls
         maps = {}
-        for stage, small in self._remembered[key].items():
+        for stage, small in smalls.items():
             rows = stretched(trace(small_height)[stage - 1], trace(height)[stage - 1])
             columns = stretched(trace(small_width)[stage - 1], trace(width)[stage - 1])
-            maps[stage] = small[:, :, rows][..., columns]
+            place = (
+                torch.tensor(rows, device=small.device)[:, None],
+                torch.tensor(columns, device=small.device),
+            )
+            maps[stage] = small[place].permute(2, 0, 1)
         return maps
 
     def _small_empty_canvas(self, constant: Tensor, height: int, width: int) -> dict[int, Tensor]:
+        """The same with the channels last, (h, w, C); sizes may be negative. `constant` is conv1_1's."""
         # It is kept for other calls, so this one's precision and autograd mode must not stick to it.
         plain = torch.autocast(constant.device.type, enabled=False)
         with torch.inference_mode(False), torch.no_grad(), plain:
@@ -192,5 +219,6 @@ class WindowedVGG16(Network):
                     if name != "conv1_1":
                         x = self._convolution(name)(x).relu_()
                 x = F.max_pool2d(x, 2, ceil_mode=True)
-                maps[stage] = x
-        return {stage: maps[stage] for stage in SEEN_WHOLE}
+                if stage in SEEN_WHOLE:
+                    maps[stage] = x[0].permute(1, 2, 0).contiguous()
+        return maps
