@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -172,9 +173,27 @@ def test_void_in_masks_is_wrong_only_where_the_label_counts(
     assert run("--pred", tmp_path / "p", "--labels", tmp_path / "t", "--classes", 2, "--json") == 0
     assert scores_of(capsys)["pixel_accuracy"] == 1
     mask(tmp_path / "p/a.png", [[255, 255]])
-    assert run("--pred", tmp_path / "p", "--labels", tmp_path / "t", "--classes", 2, "--json") == 1
+    options = ("--pred", tmp_path / "p", "--labels", tmp_path / "t", "--classes", 2, "--json")
+    assert run(*options, "--out", tmp_path / "out") == 1
     document = scores_of(capsys)
     assert (document["mean_iou"], document["images"]) == (None, 0)
+    assert not (tmp_path / "out/worst.jpg").exists()
+
+
+def test_odd_names_of_files_and_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["ü", "[red]", "two\nlines", "-x", os.fsdecode(b"\xff"), "a b", "x" * 250]
+    for name in names:
+        mask(tmp_path / f"t/{name}.png", [[0, 1]])
+        mask(tmp_path / f"p/{name}.png", [[0, 0]])
+    os.mkfifo(tmp_path / "t/fifo.png")
+    (tmp_path / "classes.txt").write_text("$a_{$\nклас\n日本\n")
+    options = ("--pred", tmp_path / "p", "--labels", tmp_path / "t", "--classes", tmp_path / "classes.txt")
+    assert run(*options, "--out", tmp_path / "out", "--json") == 1  # the pipe
+    printed = capsys.readouterr()
+    document = json.loads(printed.out)
+    assert document["images"] == len(names)
+    assert [entry["name"] for entry in document["failed"]] == ["fifo"]
+    assert len(list((tmp_path / "out").iterdir())) == 6
 
 
 def test_another_value_to_ignore(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -176,6 +176,9 @@ def grid(rows: Sequence[Sequence[tuple[str, Pixels]]]) -> Pixels:
 
 def _title(text: str, width: int) -> Pixels:
     """A line of text in the size that suits a picture of this width."""
+    text = "".join(
+        letter if letter.isprintable() else "?" for letter in text
+    )  # names of files may be anything
     font, line = _font(width)
     page = Image.new("RGB", (max(1, _text_width(font, text)), line), (_PAPER,) * 3)
     ImageDraw.Draw(page).text((0, line // 2), text, fill=_INK, font=font, anchor="lm")

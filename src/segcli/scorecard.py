@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,9 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from segcli.data.layout import Sample
 from segcli.data.sets import IGNORE
+from segcli.errors import ImageError
 from segcli.evaluation import Evaluation, Ids
 from segcli.images import read_image
 from segcli.metrics import Counts, Fractions, mean, ratio
@@ -22,6 +25,7 @@ from segcli.render import colorize, grid, overlay
 Pixels = npt.NDArray[np.uint8]
 
 _PANEL = 360  # pixels of the longer side of a picture among the worst
+_LARGEST = 40  # inches of a side of the confusion matrix
 _NUMBERED = 25  # classes up to which a confusion matrix has room for numbers
 
 
@@ -106,12 +110,21 @@ def worst_picture(result: Evaluation, with_images: bool) -> Pixels:
     for bad in sorted(result.worst, reverse=True):
         title = f"{bad.sample.name}  mean IU {-100 * bad.badness:.1f}"
         shown = np.where(bad.truth == IGNORE, IGNORE, bad.predicted).astype(np.uint8)
-        if with_images:
-            rows.append(panels(title, read_image(bad.sample.image).pixels, bad.truth, bad.predicted, palette))
+        image = _image_of(bad.sample) if with_images else None
+        if image is not None:
+            rows.append(panels(title, image, bad.truth, bad.predicted, palette))
         else:
             row = [(title, colorize(bad.truth, palette)), ("prediction", colorize(shown, palette))]
             rows.append([(text, _shrunk(picture)) for text, picture in row])
     return grid(rows)
+
+
+def _image_of(sample: Sample) -> Pixels | None:
+    """The photograph, or None when it was taken away meanwhile."""
+    try:
+        return read_image(sample.image).pixels
+    except ImageError:
+        return None
 
 
 def panels(
@@ -153,12 +166,12 @@ def confusion_chart(matrix: Counts, classes: ClassSet) -> bytes:
     from matplotlib.figure import Figure
 
     shares = row_shares(matrix)
-    side = 3 + 0.32 * len(classes)
+    side = min(3 + 0.32 * len(classes), _LARGEST)
     figure = Figure(figsize=(side + 1, side), layout="constrained")
     axes = figure.add_subplot()
     shown = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(classes)), classes.names, rotation=90)
-    axes.set_yticks(range(len(classes)), classes.names)
+    axes.set_xticks(range(len(classes)), _plain(classes), rotation=90)
+    axes.set_yticks(range(len(classes)), _plain(classes))
     axes.set_xlabel("prediction")
     axes.set_ylabel("label")
     if len(classes) <= _NUMBERED:
@@ -182,7 +195,9 @@ def class_chart(iou: Fractions, classes: ClassSet) -> bytes:
     figure = Figure(figsize=(7, 1.2 + 0.27 * len(order)), layout="constrained")
     axes = figure.add_subplot()
     colors = [tuple(channel / 255 for channel in classes.colors[i]) for i in order]
-    bars = axes.barh([classes.names[i] for i in order], 100 * iou[order], color=colors, edgecolor="grey")
+    names = _plain(classes)
+    bars = axes.barh(range(len(order)), 100 * iou[order], color=colors, edgecolor="grey")
+    axes.set_yticks(range(len(order)), [names[i] for i in order])
     axes.bar_label(bars, fmt="%.1f", padding=3, fontsize=8)
     axes.axvline(100 * mean(iou), color="black", linewidth=0.8, linestyle=":")
     axes.set_title(f"IoU per class in %, mean {100 * mean(iou):.1f}", fontsize=10)
@@ -191,7 +206,14 @@ def class_chart(iou: Fractions, classes: ClassSet) -> bytes:
     return _png(figure)
 
 
+def _plain(classes: ClassSet) -> list[str]:
+    """The names of the classes for matplotlib, which would take what stands between $ for a formula."""
+    return [name.replace("$", r"\$") for name in classes.names]
+
+
 def _png(figure: Any) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
+    with warnings.catch_warnings():  # of letters that the font lacks
+        warnings.simplefilter("ignore", UserWarning)
+        figure.savefig(buffer, format="png", dpi=110, metadata={"Software": None})
     return buffer.getvalue()
