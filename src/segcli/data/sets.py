@@ -269,7 +269,7 @@ def _read_mat(path: Path) -> npt.NDArray[np.uint8]:
     try:
         from scipy.io import loadmat
     except ImportError as error:
-        raise UsageError("SBD's .mat labels need scipy; run: pip install scipy") from error
+        raise UsageError("SBD's .mat labels need scipy; run: pip install 'segcli[train]'") from error
     try:
         return np.asarray(loadmat(path)["GTcls"][0]["Segmentation"][0], np.uint8)
     except (OSError, ValueError, KeyError, TypeError, IndexError, NotImplementedError) as error:
