@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from segcli.errors import UsageError
@@ -51,6 +53,7 @@ def pick_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     if device.type == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # since PyTorch 2.12
+        # torch.cpu.get_capabilities is there since PyTorch 2.12
+        capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
         return "bf16" if capabilities.get("avx512_bf16") else "fp32"
     return "fp32"

@@ -12,6 +12,9 @@ from pathlib import Path
 
 from segcli.errors import MachineError
 
+_UMASK = os.umask(0)  # can only be read by setting it, so once, before there are threads
+os.umask(_UMASK)
+
 TEMPORARY_PREFIX = ".segcli-"  # every temporary file starts with this, so that leftovers can be recognised
 
 
@@ -49,11 +52,11 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(temporary, 0o666 & ~_umask())
-            os.replace(temporary, path)
+            Path(temporary).chmod(0o666 & ~_UMASK)
+            Path(temporary).replace(path)
         except BaseException:
             with contextlib.suppress(OSError):
-                os.unlink(temporary)
+                Path(temporary).unlink()
             raise
 
 
@@ -73,9 +76,3 @@ def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
