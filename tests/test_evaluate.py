@@ -88,11 +88,11 @@ def test_what_people_see_says_what_mean_iu_is(
     truth, found = folders
     assert run("--pred", found, "--labels", truth, "--classes", 3) == 0
     printed = capsys.readouterr()
-    assert printed.out == ""
-    assert "mean over the classes that occur in labels or predictions" in printed.err
-    assert "56.7" in printed.err  # the mean IU
+    assert printed.err == ""
+    assert "mean over the classes that occur in labels or predictions" in printed.out
+    assert "56.7" in printed.out  # the mean IU
     assert run("--pred", found, "--labels", truth, "--classes", 3, "--quiet") == 0
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr() == ("", "")
 
 
 def test_files_in_out(folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

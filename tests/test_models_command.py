@@ -75,14 +75,14 @@ def document(capfd: pytest.CaptureFixture[str], *arguments: str) -> dict[str, An
 
 def test_list_fits_80_columns(capfd: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capfd, "models", "list")
-    assert (code, out) == (0, "")
-    assert max(map(len, err.splitlines())) <= 80
-    (line,) = [line for line in err.splitlines() if "fcn8s-atonce-vgg16-voc-pth" in line]
+    assert (code, err) == (0, "")  # the list is the answer: it can be piped
+    assert max(map(len, out.splitlines())) <= 80
+    (line,) = [line for line in out.splitlines() if "fcn8s-atonce-vgg16-voc-pth" in line]
     assert line.split() == ["fcn8s-atonce-vgg16-voc-pth", "21", "513", "MiB", "65.4", "(2)", "to", "download"]
-    (line,) = [line for line in err.splitlines() if "siftflow" in line and "fcn16s" in line]
+    (line,) = [line for line in out.splitlines() if "siftflow" in line and "fcn16s" in line]
     assert line.split()[1:4] == ["33", "+", "3"]
-    assert "(2) published, on VOC seg11valid, 736 images" in err
-    (line,) = [line for line in err.splitlines() if "fcn8s-small" in line]
+    assert "(2) published, on VOC seg11valid, 736 images" in out
+    (line,) = [line for line in out.splitlines() if "fcn8s-small" in line]
     assert line.split()[-1] == "bundled"
 
 
@@ -97,9 +97,9 @@ def test_list_as_json(capfd: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("name", ["fcn8s-small", *PUBLISHED])
 def test_info_of_every_model(capfd: pytest.CaptureFixture[str], name: str) -> None:
-    code, _, err = run(capfd, "models", "info", name)
+    code, out, _ = run(capfd, "models", "info", name)
     assert code == 0
-    rows = err.splitlines()
+    rows = out.splitlines()
     assert rows[0] == name
     for what in ("network", "classes", "licence", "images"):
         assert any(row.startswith(f"  {what} ") for row in rows)
@@ -133,9 +133,9 @@ def test_download_then_info_then_verify(
     found = document(capfd, "models", "download", name)["models"]
     assert found == [{"name": name, "path": str(cached_model(PUBLISHED[name]))}]
     assert len(server.requests) == 1
-    assert "cached" in run(capfd, "models", "list")[2]
-    _, _, err = run(capfd, "models", "info", name)
-    assert "mean IU 63.6 % on VOC seg11valid, 736 images; published" in err
+    assert "cached" in run(capfd, "models", "list")[1]
+    _, out, _ = run(capfd, "models", "info", name)
+    assert "mean IU 63.6 % on VOC seg11valid, 736 images; published" in out
     results = document(capfd, "models", "verify")["models"]
     assert [(result["name"], result["good"]) for result in results] == [("fcn8s-small", True), (name, True)]
     path = cached_model(PUBLISHED[name])

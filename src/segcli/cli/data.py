@@ -49,7 +49,7 @@ def list_data(root: Root = None, quiet: Quiet = False, verbose: Verbose = False,
     """
     from segcli.data.sets import KNOWN, find_data, search_places
 
-    terminal = Terminal(quiet, json)
+    terminal = Terminal(quiet, json, answers=True)
     entries = []
     for name, known in KNOWN.items():
         try:
@@ -197,7 +197,7 @@ def stats(
     """
     from segcli.data.stats import class_weights, statistics
 
-    terminal = Terminal(quiet, json)
+    terminal = Terminal(quiet, json, answers=True)
     dataset = open_whole(name, split, root)
     with progress(terminal, "read", len(dataset.samples)) as done:
         found = statistics(dataset, done)

@@ -88,7 +88,7 @@ def evaluate(
     from segcli.evaluation import labels_as_data
     from segcli.files import require_writable
 
-    terminal = Terminal(quiet, json)
+    terminal = Terminal(quiet, json, answers=True)
     if out is not None:
         require_writable(out)
     if labels is not None:

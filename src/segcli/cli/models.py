@@ -44,7 +44,7 @@ def list_(quiet: Quiet = False, verbose: Verbose = False, json: Json = False) ->
 
     from segcli.models.zoo import list_models
 
-    terminal = Terminal(quiet, json)
+    terminal = Terminal(quiet, json, answers=True)
     entries = list_models()
     remarks: dict[str, int] = {}  # on what a score was measured, and by whom -> its number below the table
     rows = []
@@ -77,7 +77,7 @@ def info(name: Name, quiet: Quiet = False, verbose: Verbose = False, json: Json 
     from segcli.models.published import PUBLISHED
     from segcli.models.zoo import cached_model, find_model
 
-    terminal = Terminal(quiet, json)
+    terminal = Terminal(quiet, json, answers=True)
     record = PUBLISHED.get(name)
     document: dict[str, Any] = {"name": name}
     card: Card = []

@@ -18,14 +18,18 @@ class Terminal:
     Args:
         quiet: Only warnings and errors.
         json: `document` prints to stdout; without it, it prints nothing.
+        answers: What the command says is its result, as with `models list`: it goes to stdout, so that
+            it can be piped, unless a JSON document goes there.
     """
 
-    def __init__(self, quiet: bool = False, json: bool = False) -> None:
+    def __init__(self, quiet: bool = False, json: bool = False, answers: bool = False) -> None:
         self.quiet = quiet
         self.json = json
+        self.to_stdout = answers and not json
 
     @property
     def console(self) -> Console:
+        """Where progress is shown: stderr."""
         from rich.console import Console
 
         return Console(stderr=True, quiet=self.quiet, highlight=False, soft_wrap=True)
@@ -33,7 +37,7 @@ class Terminal:
     def say(self, text: str) -> None:
         """A line for people. Nothing in it is interpreted as markup."""
         if not self.quiet:
-            print(printable(text), file=sys.stderr)
+            print(printable(text), file=sys.stdout if self.to_stdout else sys.stderr)
 
     def warn(self, text: str) -> None:
         """A line that is shown even with --quiet."""
@@ -42,6 +46,7 @@ class Terminal:
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
         """A table: the first column is left-aligned text, the others are right-aligned."""
         from rich import box
+        from rich.console import Console
         from rich.table import Table
         from rich.text import Text
 
@@ -50,7 +55,7 @@ class Terminal:
             table.add_column(column, justify="left" if number == 0 else "right")
         for row in rows:
             table.add_row(*(Text(printable(cell)) for cell in row))
-        self.console.print(table)
+        Console(stderr=not self.to_stdout, quiet=self.quiet, highlight=False, soft_wrap=True).print(table)
 
     def document(self, content: dict[str, Any]) -> None:
         """The command's result for programs: one JSON document on stdout, with --json only."""
