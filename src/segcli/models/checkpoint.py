@@ -16,7 +16,7 @@ from segcli.errors import CheckpointError, UsageError
 from segcli.files import sha256, write_atomic
 from segcli.models.fcn import Network
 from segcli.models.info import FORMAT_VERSION, METADATA_KEY, ModelInfo, read_info
-from segcli.models.networks import get
+from segcli.models.networks import get_empty
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -58,8 +58,7 @@ def load_model(path: Path) -> Model:
     except (OSError, safetensors.SafetensorError) as error:
         raise CheckpointError(f"{path} is damaged ({error}); get the file again") from error
     try:
-        with torch.device("meta"):  # no memory and no time for random weights
-            network = get(info.network, info.channels)
+        network = get_empty(info.network, info.channels)
     except UsageError as error:
         raise CheckpointError(f"{path} does not fit this segcli: {error}") from error
     check(network, state, str(path))

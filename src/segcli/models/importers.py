@@ -22,7 +22,7 @@ from segcli.models.caffe import read_caffemodel
 from segcli.models.checkpoint import check, save_model
 from segcli.models.info import METADATA_KEY, ModelInfo
 from segcli.models.key_maps import SOURCES, Foreign, from_caffe
-from segcli.models.networks import NETWORKS, get
+from segcli.models.networks import NETWORKS, get_empty
 from segcli.models.pickles import load_pickle
 from segcli.models.preprocessing import PREPROCESSINGS
 from segcli.palettes import ClassSet, generic_class_set, get_class_set
@@ -92,8 +92,7 @@ def import_model(
         recipe={"imported_from": path.name, "source": foreign.source},
         **about,
     )
-    with torch.device("meta"):
-        network = get(name, info.channels)
+    network = get_empty(name, info.channels)
     wanted = network.state_dict()
     state = {key: coerce(value, wanted.get(key, value).shape) for key, value in foreign.tensors.items()}
     check(network, state, f"{path}, imported as {name},")

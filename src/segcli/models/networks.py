@@ -5,6 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from functools import partial
+from typing import Any
+
+from torch.overrides import TorchFunctionMode
 
 from segcli.errors import UsageError
 from segcli.models.alexnet import AlexNetFCN
@@ -51,3 +54,26 @@ def get(name: str, num_classes: int) -> Network:
         hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(NETWORKS)}"
         raise UsageError(f"no network is called {name!r}; {hint}")
     return NETWORKS[name](num_classes)
+
+
+class _SkipInitialization(TorchFunctionMode):
+    """Leaves out drawing random weights, which takes longer than reading half a gigabyte of real ones."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        options = kwargs or {}
+        draws = getattr(function, "__name__", "") in ("uniform_", "normal_")
+        if draws or getattr(function, "__module__", "") == "torch.nn.init":
+            return args[0] if args else options["tensor"]
+        return function(*args, **options)
+
+
+def get_empty(name: str, num_classes: int) -> Network:
+    """A network whose weights are whatever was in memory: to be filled at once, every one of them.
+
+    Raises:
+        UsageError: No network has that name.
+    """
+    with _SkipInitialization():
+        return get(name, num_classes)
