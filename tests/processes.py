@@ -29,7 +29,7 @@ def child(job):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.update(job["environment"])
-    exec(job["before"])
+    exec(job["before"], {})
     try:
         segcli.cli.main(job["arguments"])
         code = 0

@@ -112,21 +112,24 @@ def run(task: Task[R], progress: Progress) -> None:
         UsageError: The folder is in use, or holds results of other settings.
         MachineError: The disk is full, ...; what was done before is noted.
     """
-    with open_manifest(task.out) as manifest:
+    stop = threading.Event()
+    decoders = Decoders(task.workers, task.reader, stop)
+    with Interrupts(stop, decoders.kill) as interrupts, open_manifest(task.out) as manifest:
         if len(manifest) and not task.overwrite:
             refuse_other_settings(task.out, task.settings)
         about = {**task.options, "segcli": __version__, "settings": dict(task.settings), "started": _now()}
         write_run(task.out, {"state": "running", **about})
         state = "failed"
         try:
-            _process(task, _Book(task, manifest, progress))
+            _process(task, _Book(task, manifest, progress), decoders, interrupts, stop)
+            progress.interrupted = interrupts.number
             state = "interrupted" if progress.interrupted else "finished"
+            if state == "finished":
+                manifest.compact()
         finally:
             counts = {"done": progress.done, "skipped": progress.skipped, "failed": progress.failed}
             with contextlib.suppress(MachineError):  # on a full disk the first error is the one to tell
                 write_run(task.out, {"state": state, **about, "ended": _now(), **counts})
-        if state == "finished":
-            manifest.compact()
 
 
 def count(sources: Sources, progress: Progress, stop: threading.Event) -> None:
@@ -139,38 +142,36 @@ def count(sources: Sources, progress: Progress, stop: threading.Event) -> None:
     progress.total = total
 
 
-def _process(task: Task[R], book: _Book) -> None:
-    stop = threading.Event()
-    decoders = Decoders(task.workers, task.reader, stop)
+def _process(
+    task: Task[R], book: _Book, decoders: Decoders, interrupts: Interrupts, stop: threading.Event
+) -> None:
     todo = Ahead(_not_done(task, book), AHEAD, stop)
     threads = [todo.thread]
-    with Interrupts(stop, decoders.kill) as interrupts:
-        try:
-            if not todo.wait():
-                return  # the model is not even loaded
-            decoded = Ahead(decoders.run(todo), task.workers + 2, stop)
-            threads.append(decoded.thread)
-            pictures = _readable(decoded, decoders, book)
-            if len(book.manifest):  # what an earlier run left is often only what cannot be read
-                first = next(pictures, None)
-                if first is None:
-                    return
-                pictures = itertools.chain([first], pictures)
-            with interrupts.raising():
-                work = task.start()  # while the first pictures are decoded
-            book.progress.computing_since = time.monotonic()
-            slots = threading.Semaphore(2 * task.writers)
-            with ThreadPoolExecutor(task.writers) as writers:
-                for picture, result in work.compute(pictures):
-                    slots.acquire()
-                    writers.submit(_finish, work, picture, result, book, decoders, slots, stop)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            stop.set()
-            for thread in threads:
-                thread.join(timeout=5)  # one that waits for input from a terminal is left behind
-            book.progress.interrupted = interrupts.number
+    try:
+        if not todo.wait():
+            return  # the model is not even loaded
+        decoded = Ahead(decoders.run(todo), task.workers + 2, stop)
+        threads.append(decoded.thread)
+        pictures = _readable(decoded, decoders, book)
+        if len(book.manifest):  # what an earlier run left is often only what cannot be read
+            first = next(pictures, None)
+            if first is None:
+                return
+            pictures = itertools.chain([first], pictures)
+        with interrupts.raising():
+            work = task.start()  # while the first pictures are decoded
+        book.progress.computing_since = time.monotonic()
+        slots = threading.Semaphore(2 * task.writers)
+        with ThreadPoolExecutor(task.writers) as writers:
+            for picture, result in work.compute(pictures):
+                slots.acquire()
+                writers.submit(_finish, work, picture, result, book, decoders, slots, stop)
+    except KeyboardInterrupt:
+        pass
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(timeout=5)  # one that waits for input from a terminal is left behind
     if book.error is not None:
         raise book.error
 
