@@ -6,61 +6,42 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tiny_network  # noqa: F401 - registers fcn8s-tiny
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from training_runs import SMALL, TINY, assert_same_result, log, make_shapes, run
 
 from segcli.cli import main
 from segcli.data.loading import batches
 from segcli.errors import UsageError
-from segcli.models.checkpoint import read_info
-from segcli.training.config import TrainConfig, read_config, resolve, to_toml
+from segcli.models.info import read_info
+from segcli.models.networks import NETWORKS
+from segcli.training.config import RECIPES, TrainConfig, read_config, resolve, to_toml
+from segcli.training.loop import State, new_state, train_step
 from segcli.training.losses import auxiliary_loss, dice, label_weight, segmentation_loss
 from segcli.training.optimization import averaged, make_optimizer, rate
+from segcli.training.tasks import SegmentationObjective, Task
 
 
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight pictures of a bright square (1) or a dark bar (2) on noise (0): easy to learn by heart."""
-    root = tmp_path_factory.mktemp("shapes")
-    random = np.random.default_rng(0)
-    for split, count in (("train", 8), ("val", 2)):
-        for folder in ("images", "masks"):
-            (root / split / folder).mkdir(parents=True)
-        for number in range(count):
-            image = random.integers(90, 130, (64, 64, 3), np.uint8)
-            mask = np.zeros((64, 64), np.uint8)
-            y, x = random.integers(4, 28, 2)
-            image[y : y + 32, x : x + 32] = (230, 200, 40)
-            mask[y : y + 32, x : x + 32] = 1
-            image[:, 56:] = 10
-            mask[:, 56:] = 2
-            Image.fromarray(image).save(root / split / "images" / f"{number}.png")
-            Image.fromarray(mask).save(root / split / "masks" / f"{number}.png")
-    (root / "classes.txt").write_text("ground\nsquare\nbar\n")
-    return root
+    return make_shapes(tmp_path_factory.mktemp("shapes"))
 
 
-SMALL = ["--crop", "64", "64", "--batch-size", "4", "--precision", "fp32", "--storage", "float32",
-         "--warmup", "0", "--quiet", "--workers", "0"]  # fmt: skip
-
-
-def run(arguments: list[str]) -> int:
-    with pytest.raises(SystemExit) as stop:
-        main(["train", *arguments])
-    return int(stop.value.code or 0)
-
-
-def log(folder: Path) -> list[dict[str, object]]:
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The networks are so small that more threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 # -- losses, schedules, order -------------------------------------------------------------------------
@@ -192,10 +173,130 @@ def test_config_round_trip_and_errors(tmp_path: Path) -> None:
             resolve(wrong)
 
 
-def test_missing_data_exits_with_2_or_3(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["--data", str(tmp_path / "no"), "--out", str(tmp_path / "run")]) == 2
+def test_defaults_are_valid() -> None:
+    assert resolve({}) == TrainConfig()
+    for recipe in RECIPES.values():
+        assert resolve(recipe).loss == "cross-entropy"
+
+
+def test_missing_data_exits_with_2_or_3(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "run"
+    assert run("--data", tmp_path / "no", "--out", out) == 2
     assert str(tmp_path / "no") in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+    assert run("--out", out) == 2
+    assert "--data is missing" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert run("--data", "voc", "--out", out) == 3
+    missing, where = capsys.readouterr().err.splitlines()
+    assert "data set voc is not on this machine; looked in data/voc, " in missing
+    assert "https://" in where
+    assert "VOCtrainval_11-May-2012.tar (md5 6cd6e144f989b92b3379bac3b3de84fd)" in where
+    assert not out.exists()
+
+
+# -- one step -----------------------------------------------------------------------------------------
+
+
+FP32 = {"precision": "fp32"}
+
+
+def plain_state(config: TrainConfig) -> tuple[Task, State]:
+    """A network for two classes at the beginning of its training."""
+    from segcli.models.preprocessing import Preprocessing
+
+    torch.manual_seed(0)
+    network = NETWORKS["fcn8s-plain"](2)
+    objective = SegmentationObjective(network, Preprocessing(), config.precision, config, None)
+    task = Task(objective, None, [], [], None, "", lambda *a: None, lambda done: [])  # type: ignore[arg-type]
+    return task, new_state(task, config, torch.device("cpu"))
+
+
+def batch(count: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images, and labels with different numbers of ignored pixels."""
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    labels = torch.randint(0, 2, (count, 32, 32), generator=generator)
+    for number in range(count):
+        labels[number, : 8 * number] = 255
+    return images, labels
+
+
+def test_accumulated_steps_equal_whole_ones() -> None:
+    results = []
+    for accumulate in (1, 2, 4):
+        config = resolve({"accumulate": accumulate, "batch_size": 4, "optimizer": "sgd", "lr": 0.1, **FP32})
+        task, state = plain_state(config)
+        losses = [train_step(task, state, config, *batch()) for _ in range(3)]
+        results.append((losses, [p.detach().clone() for p in state.network.parameters()]))
+    for losses, weights in results[1:]:
+        assert losses == pytest.approx(results[0][0], abs=1e-5)
+        for one, other in zip(weights, results[0][1], strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+def test_clipping_limits_the_gradient_and_reports_the_loss() -> None:
+    config = resolve(
+        {"optimizer": "sgd", "momentum": 0.0, "lr": 1.0, "weight_decay": 0.0, "clip": 1e-3} | FP32
+    )
+    task, state = plain_state(config)
+    before = torch.cat([p.detach().flatten().clone() for p in state.network.parameters()])
+    assert train_step(task, state, config, *batch()) > 0
+    after = torch.cat([p.detach().flatten() for p in state.network.parameters()])
+    assert torch.linalg.vector_norm(after - before).item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_summed_loss_is_the_mean_times_the_labelled_pixels() -> None:
+    images, labels = batch()
+    losses = []
+    for summed in (False, True):
+        config = resolve({"summed_loss": summed, "auxiliary": 0.0, **FP32})
+        task, state = plain_state(config)
+        losses.append(train_step(task, state, config, images, labels))
+    assert losses[1] == pytest.approx(losses[0] * (labels != 255).sum().item(), rel=1e-5)
+
+
+def test_a_step_whose_fp16_gradient_overflows_is_left_out() -> None:
+    config = resolve({"precision": "fp16", "lr": 0.01, "optimizer": "sgd"})
+    task, state = plain_state(config)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    before = [p.detach().clone() for p in state.network.parameters()]
+    assert math.isfinite(train_step(task, state, config, *batch()))
+    assert state.scaler.get_scale() == 2.0**39
+    assert all(torch.equal(a, b) for a, b in zip(before, state.network.parameters(), strict=True))
+    scales = []
+    while not scales or state.scaler.get_scale() < scales[-1]:  # halved until it fits, then a step is made
+        scales.append(state.scaler.get_scale())
+        train_step(task, state, config, *batch())
+    assert not all(torch.equal(a, b) for a, b in zip(before, state.network.parameters(), strict=True))
+
+
+def test_a_gradient_that_is_not_finite_in_fp16_at_any_scale_stops() -> None:
+    config = resolve({"precision": "fp16"})
+    task, state = plain_state(config)
+    state.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**-23)
+    state.network.score_fr.weight.register_hook(lambda gradient: gradient * math.inf)
+    train_step(task, state, config, *batch())
+    with pytest.raises(FloatingPointError, match="not finite in fp16"):
+        train_step(task, state, config, *batch())
+
+
+def test_bf16_is_close_to_fp32_and_keeps_float32_weights() -> None:
+    losses = []
+    for precision in ("fp32", "bf16"):
+        config = resolve({"precision": precision, "lr": 1e-3})
+        task, state = plain_state(config)
+        losses.append([train_step(task, state, config, *batch()) for _ in range(3)])
+        assert all(p.dtype == torch.float32 for p in state.network.parameters())
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert losses[1] != losses[0]
+
+
+def test_synchronised_norm_needs_gpus() -> None:
+    with pytest.raises(UsageError, match="needs GPUs"):
+        plain_state(resolve({"sync_norm": True}))
 
 
 # -- whole trainings ----------------------------------------------------------------------------------
@@ -203,51 +304,32 @@ def test_missing_data_exits_with_2_or_3(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_overfits_eight_images_and_predict_takes_the_result(shapes: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    options = ["--encoder", "regnet_y_400mf", "--epochs", "40", "--scale", "1", "1", "--jitter", "0",
-               "--flip", "0", "--val-split", "train", "--lr", "4e-3",
-               "--validate-every", "40", "--ema", "0.5"]  # fmt: skip
-    assert run(["--data", str(shapes), "--out", str(out), *SMALL, *options]) == 0
+    options = ["--encoder", "resnet18", "--epochs", "14", "--scale", "1", "1", "--jitter", "0", "--flip", "0",
+               "--val-split", "train", "--lr", "2e-3", "--validate-every", "20",
+               "--norm-momentum", "0.5"]  # fmt: skip
+    assert run("--data", shapes, "--out", out, *SMALL, *options) == 0
     info = read_info(out / "best.safetensors")
     assert info.class_set.names == ("ground", "square", "bar")
     (scores,) = info.metrics.values()
     assert scores["pixel_accuracy"] > 0.95
     assert scores["images"] == 8
     assert (out / "curves.png").stat().st_size > 1000
-
-
-TWO_EPOCHS = ["--encoder", "mobilenet_v3_large", "--epochs", "2", "--ema", "0.9", "--seed", "3"]
+    with Image.open(out / "samples" / "epoch_014.jpg") as picture:
+        assert picture.width > 3 * 64  # image, label, prediction
+        assert picture.height > 6 * 64  # six images
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", str(shapes / "val/images"), "--out", str(tmp_path / "masks"),
+              "--model", str(out / "best.safetensors"), "--quiet", "--workers", "0"])  # fmt: skip
+    assert not stop.value.code
+    found = np.array(Image.open(tmp_path / "masks" / "0.png"))
+    assert np.mean(found == np.array(Image.open(shapes / "val/masks/0.png"))) > 0.8
 
 
 @pytest.fixture(scope="module")
 def undisturbed(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed")
-    assert run(["--data", str(shapes), "--out", str(out), *SMALL, *TWO_EPOCHS]) == 0
+    assert run("--data", shapes, "--out", out, *TINY) == 0
     return out
-
-
-def assert_same_result(one: Path, other: Path) -> None:
-    assert log(one) == log(other)
-    for name in ("best.safetensors", "last.safetensors"):
-        assert (one / name).read_bytes() == (other / name).read_bytes()
-    states = [torch.load(run / "checkpoint.pt", weights_only=True) for run in (one, other)]
-    for state in states:
-        for record in state["progress"]["history"]:
-            del record["seconds"]
-    assert_equal(*states)
-
-
-def assert_equal(one: object, other: object) -> None:
-    if isinstance(one, dict) and isinstance(other, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_equal(one[key], other[key])
-    elif isinstance(one, list) and isinstance(other, list):
-        for a, b in zip(one, other, strict=True):
-            assert_equal(a, b)
-    elif isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-        assert torch.equal(one, other)
-    else:
-        assert one == other
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])
@@ -255,83 +337,118 @@ def test_stopped_and_resumed_equals_undisturbed(
     shapes: Path, undisturbed: Path, tmp_path: Path, step: int
 ) -> None:
     """Stopped by SIGTERM after a step inside an epoch (1, 3) or at the end of one (2)."""
-    out = tmp_path / "run"
-    arguments = ["--data", str(shapes), "--out", str(out), *SMALL, *TWO_EPOCHS]
-    seen = 0
+    seen = stop_at(step, signal.SIGTERM, "--data", shapes, "--out", tmp_path, *TINY)
+    assert seen == step
+    assert run("--data", shapes, "--out", tmp_path, *TINY) == 0
+    assert_same_result(tmp_path, undisturbed)
 
+
+def stop_at(step: int, number: signal.Signals, *arguments: object) -> int:
+    """Train until a signal comes in a step; returns how many steps there were."""
     from segcli.training import loop
 
-    original = loop.train_step
+    original, seen = loop.train_step, 0
 
-    def counting(*a: object) -> float:
+    def counting(*a: Any) -> float:
         nonlocal seen
         seen += 1
         if seen == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*a)  # type: ignore[arg-type]
+            os.kill(os.getpid(), number)
+        return original(*a)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "train_step", counting)
-        assert run(arguments) == 143
-    assert seen == step
-    assert run(arguments) == 0
-    assert_same_result(out, undisturbed)
+        assert run(*arguments) == 128 + number
+    return seen
 
 
-def test_killed_and_resumed_equals_undisturbed(shapes: Path, undisturbed: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    arguments = ["--data", str(shapes), "--out", str(out), *SMALL, *TWO_EPOCHS]
-    process = subprocess.Popen([sys.executable, "-m", "segcli", "train", *arguments], start_new_session=True)
-    deadline = time.monotonic() + 120
-    while not (out / "checkpoint.pt").exists() and process.poll() is None and time.monotonic() < deadline:
-        os.sched_yield()
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert run(arguments) == 0
-    assert_same_result(out, undisturbed)
+def test_stopped_while_validating_and_resumed_equals_undisturbed(
+    shapes: Path, undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from segcli.cli import train_display
+
+    def stop(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_display.Display, "validated", stop)
+        assert run("--data", shapes, "--out", tmp_path, *TINY) == 130
+    assert "Stopped in epoch 1 after batch 2. The same command goes on" in capsys.readouterr().err
+    assert not (tmp_path / "log.jsonl").exists()
+    assert run("--data", shapes, "--out", tmp_path, *TINY) == 0
+    assert_same_result(tmp_path, undisturbed)
+
+
+def test_a_finished_training_is_not_trained_again(shapes: Path, tmp_path: Path) -> None:
+    options = ["--data", shapes, "--out", tmp_path, *TINY, "--epochs", "1"]
+    assert run(*options) == 0
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
+    assert run(*options) == 0
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")} == before
+
+
+def test_patience_counts_validations_and_holds_when_run_again(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--data", shapes, "--out", tmp_path, *SMALL, "--network", "fcn8s-plain", "--epochs", "50",
+               "--lr", "1e-12", "--patience", "2", "--validate-every", "2"]  # fmt: skip
+    for _ in range(2):
+        assert run(*[word for word in options if word != "--quiet"]) == 0
+        assert [line["epoch"] for line in log(tmp_path)] == [1, 2, 3, 4, 5, 6]
+        assert [line["epoch"] for line in log(tmp_path) if "mean_iou" in line] == [2, 4, 6]
+        said = capsys.readouterr().err
+        assert "s (stopped early, no better score in 2 validations); the best is epoch 2." in said
 
 
 def test_other_options_in_the_same_folder_are_refused(
     shapes: Path, undisturbed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["--data", str(shapes), "--out", str(undisturbed), *SMALL, *TWO_EPOCHS]
     before = (undisturbed / "last.safetensors").read_bytes()
-    assert run([*arguments, "--lr", "0.5"]) == 2
+    assert run("--data", shapes, "--out", undisturbed, *TINY, "--lr", "0.5") == 2
     assert "lr was 0.001, is 0.5" in capsys.readouterr().err
     assert (undisturbed / "last.safetensors").read_bytes() == before
+    automatic = [word if word != "fp32" else "auto" for word in TINY]
+    assert run("--data", shapes, "--out", undisturbed, *automatic, "--epochs", "2") in (0, 2)  # 2: it is bf16
+
+
+def test_overwrite_starts_anew(shapes: Path, tmp_path: Path) -> None:
+    assert run("--data", shapes, "--out", tmp_path, *TINY, "--epochs", "1") == 0
+    assert run("--data", shapes, "--out", tmp_path, *TINY, "--lr", "0.5", "--overwrite", "--dry-run") == 0
+    assert len(log(tmp_path)) == 1
+    assert run("--data", shapes, "--out", tmp_path, *TINY, "--lr", "0.5", "--overwrite") == 0
+    assert len(log(tmp_path)) == 2
 
 
 def test_workers_do_not_change_the_result(shapes: Path, undisturbed: Path, tmp_path: Path) -> None:
-    options = [*SMALL[:-1], "2"]
-    assert run(["--data", str(shapes), "--out", str(tmp_path), *options, *TWO_EPOCHS]) == 0
-    assert (tmp_path / "last.safetensors").read_bytes() != b""
-    assert log(tmp_path) == log(undisturbed)
+    assert run("--data", shapes, "--out", tmp_path, *TINY, "--workers", "2") == 0
+    assert_same_result(tmp_path, undisturbed)
 
 
-def test_non_finite_loss_stops_and_names_step_and_files(
+def test_dry_run_writes_nothing_and_estimates(
     shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--lr", "1e30", "--optimizer", "sgd", "--epochs", "3"]
-    assert run(["--data", str(shapes), "--out", str(tmp_path), *SMALL, *options]) == 1
-    error = capsys.readouterr().err
-    assert "the loss is nan at step" in error or "the loss is inf at step" in error
-    assert "files" in error
+    out = tmp_path / "run"
+    assert run("--data", shapes, "--out", out, *TINY, "--dry-run", "--json") == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["loss"] > 0
+    assert document["peak_gib"] > 0
+    assert document["hours"] > 0
+    assert not out.exists()
 
 
-def test_accumulated_batches_give_the_gradient_of_the_whole_batch(shapes: Path) -> None:
-    """Two halves with unequal numbers of labelled pixels, against one pass over both."""
-    torch.manual_seed(0)
-    scores = torch.randn(2, 3, 4, 4, requires_grad=True)
-    labels = torch.randint(0, 3, (2, 4, 4))
-    labels[0, :3] = 255
-    weight = label_weight(labels, None)
-    whole = segmentation_loss(scores, labels, "cross-entropy") / weight
-    expected = F.cross_entropy(scores, labels, ignore_index=255)
-    torch.testing.assert_close(whole, expected)
-    parts = [segmentation_loss(s, t, "cross-entropy") / weight
-             for s, t in zip(scores.chunk(2), labels.chunk(2), strict=True)]  # fmt: skip
-    torch.testing.assert_close(sum(parts), expected)
-
-
-def test_defaults_are_valid() -> None:
-    assert resolve({}) == TrainConfig()
+def test_what_one_sees(shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    loud = [word for word in TINY if word != "--quiet"]
+    assert run("--data", shapes, "--out", tmp_path, *loud, "--json", "--class-weights", "auto") == 0
+    captured = capsys.readouterr()
+    lines = captured.err.splitlines()
+    assert lines[0].startswith("fcn8s-tiny, 0.0 M parameters, starts from random weights (seed 3).")
+    assert lines[1].endswith(": 3 classes; 8 images of train, 2 images of val.")
+    assert lines[2].startswith("Class weights: ")
+    assert lines[3] == "On cpu (1 threads), in fp32."
+    assert lines[4].startswith("epoch   1/2  loss ")
+    assert "mean IU" in lines[4]
+    assert max(map(len, lines[3:6])) < 80
+    assert f"--model {tmp_path / 'best.safetensors'}" in captured.err
+    document = json.loads(captured.out)
+    assert document["epochs"] == 2
+    assert set(document["best"]["per_class"]) == {"ground", "square", "bar"}

@@ -17,7 +17,7 @@ from segcli.cli.options import Device, Json, Quiet, Verbose
 from segcli.cli.terminal import Terminal
 from segcli.cli.train_display import Display, duration
 from segcli.errors import UsageError
-from segcli.training.config import RECIPES, TrainConfig, read_config, resolve, to_toml
+from segcli.training.config import MACHINE_OPTIONS, RECIPES, TrainConfig, read_config, resolve, to_toml
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from segcli.training.tasks import Task
 
 SHOWN_FINDINGS = 100
-MACHINE_OPTIONS = {"workers", "root"}  # may differ without changing the result
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder: model files, checkpoint, log, curves.")]
 Config = Annotated[Optional[Path], typer.Option(help="TOML file with any of the options below.")]  # noqa: UP045
@@ -161,13 +160,15 @@ def run_training(
         display.finished_epoch(entry)
         if events is not None:
             events.epoch(entry)
-            record.draw_curves(out, state.history, task.score)
+
+    def after_save() -> None:
+        record.draw_curves(out, state.history, task.score)
 
     with (
         Interrupts(stop, end_workers, distributed.signal_copies(), announce=first) as interrupts,
         Display(terminal, config.epochs, state.history, task.score) as display,
     ):
-        watcher = loop.Watcher(display.trained, display.validated, after_epoch, stop.is_set)
+        watcher = loop.Watcher(display.trained, display.validated, after_epoch, after_save, stop.is_set)
         finished = loop.train(loop.Training(task, state, config, out, device, watcher))
     if events is not None:
         events.close()

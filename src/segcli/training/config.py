@@ -99,6 +99,7 @@ CHOICES: dict[str, tuple[object, ...]] = {
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "storage": ("float32", "float16", "bfloat16"),
 }
+MACHINE_OPTIONS = ("root", "workers")  # where things are and who does them: they do not change the result
 POSITIVE = ("epochs", "batch_size", "accumulate", "lr", "validate_every")
 
 # Long, Shelhamer & Darrell's release: voc-fcn8s-atonce/solver.prototxt, voc_layers.py and net.py. The crop

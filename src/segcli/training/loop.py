@@ -94,12 +94,14 @@ class Watcher:
         batch: Called after every batch.
         validated: Called after every validated image: how many are done, of how many.
         epoch: Called with the log record of every epoch.
+        saved: Called after every checkpoint at the end of an epoch; its time counts as the checkpoint's.
         stopped: Asked after every batch and validated image; True ends the training with a checkpoint.
     """
 
     batch: Callable[[Progress], object]
     validated: Callable[[int, int], object]
     epoch: Callable[[dict[str, Any]], object]
+    saved: Callable[[], object]
     stopped: Callable[[], bool]
 
 
@@ -342,9 +344,10 @@ def save(training: Training, record: dict[str, Any] | None = None) -> None:
     """Write `checkpoint.pt`, and `last.safetensors` at the end of an epoch, whose log record is given."""
     began = time.monotonic()
     if distributed.rank() == 0:
+        save_state(training.folder, training.state)
         if record is not None:
             training.task.save(training.folder / LAST, training.state.result, record)
-        save_state(training.folder, training.state)
+            training.watcher.saved()
     training.saved = time.monotonic()
     training.saving_seconds = training.saved - began
 

@@ -17,7 +17,7 @@ from segcli.data.loading import Item
 from segcli.data.verify import Finding
 from segcli.models.fcn import Network
 from segcli.models.preprocessing import Preprocessing, normalize
-from segcli.training.config import TrainConfig
+from segcli.training.config import MACHINE_OPTIONS, TrainConfig
 from segcli.training.losses import auxiliary_loss, label_weight, segmentation_loss
 from segcli.training.validation import GoOn, Validation
 
@@ -128,5 +128,5 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
 def plain(config: TrainConfig) -> dict[str, Any]:
     """The options that differ from their defaults, and the seed: the recipe in a model file."""
     defaults = TrainConfig()
-    values = dataclasses.asdict(config)
+    values = {k: v for k, v in dataclasses.asdict(config).items() if k not in MACHINE_OPTIONS}
     return {k: v for k, v in values.items() if v != getattr(defaults, k) or k in ("data", "seed", "epochs")}
