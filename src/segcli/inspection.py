@@ -40,6 +40,7 @@ def inspect_image(model: Model, image: Pixels, device: torch.device, top: int = 
     small: Pixels = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
     with torch.inference_mode():
         by_stride = scores_by_stride(network, to_tensor(image, model.info.preprocessing).to(device), size)
+    by_stride = {stride: scores[:, : len(classes)] for stride, scores in by_stride.items()}  # the first head
     probabilities = by_stride[min(by_stride)].softmax(1)[0].cpu().numpy()  # (C, h, w)
     labels = probabilities.argmax(0).astype(np.uint8)
     palette = classes.palette()

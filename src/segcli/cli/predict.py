@@ -27,7 +27,10 @@ ListFile = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--list", help="A file with one path per line, or NUL-separated, instead of SOURCE."),
 ]
-Save = Annotated[str, typer.Option(help=f"What to save, with commas: {', '.join(PRODUCTS)}.")]
+CHOICES = [
+    kind for kind in PRODUCTS if kind != "geometric"
+]  # that one comes with the mask, if the model has it
+Save = Annotated[str, typer.Option(help=f"What to save, with commas: {', '.join(CHOICES)}.")]
 BatchSize = Annotated[
     str, typer.Option(help="Images at a time on a GPU, or auto. On the CPU it is one, whatever is given.")
 ]
@@ -74,6 +77,7 @@ def predict(
     from segcli.images import SUFFIXES
     from segcli.inference.engine import Progress, Task
     from segcli.inference.sources import parse
+    from segcli.models.info import read_info
 
     terminal = Terminal(quiet, json)
     kinds = kinds_of(save)
@@ -81,6 +85,8 @@ def predict(
     found = parse(sources or [], list_file, str(out), SUFFIXES)
     refuse_empty(found, "image")
     model_file = get_model(model, terminal, offline)
+    if "mask" in kinds and read_info(model_file).second_class_set:
+        kinds.append("geometric")
     if device not in ("auto", "cpu"):
         from segcli.device import pick_device
 
@@ -122,12 +128,12 @@ def predict(
 
 
 def kinds_of(save: str) -> list[str]:
-    """The products of `--save`, in the order of `PRODUCTS`."""
+    """The products of `--save`, in the order of `CHOICES`."""
     wanted = [kind.strip() for kind in save.split(",") if kind.strip()]
-    unknown = [kind for kind in wanted if kind not in PRODUCTS]
+    unknown = [kind for kind in wanted if kind not in CHOICES]
     if unknown or not wanted:
-        raise UsageError(f"--save {save!r}: choose from {', '.join(PRODUCTS)}, with commas in between")
-    return [kind for kind in PRODUCTS if kind in wanted]
+        raise UsageError(f"--save {save!r}: choose from {', '.join(CHOICES)}, with commas in between")
+    return [kind for kind in CHOICES if kind in wanted]
 
 
 def batch_size_of(text: str) -> int | None:

@@ -22,6 +22,7 @@ PRODUCTS: dict[str, tuple[str, str]] = {
     "compare": ("_compare", ".png"),
     "confidence": ("_confidence", ".png"),
     "scores": ("_scores", ".npz"),
+    "geometric": ("_geometric", ".png"),  # beside the mask, where a model has a second label space
 }
 
 # What `segcli colorize` writes has the same places, with the colour picture in that of the mask.

@@ -23,7 +23,12 @@ OVERLAY_QUALITY = 90
 
 
 def encode_products(
-    image: Pixels, result: Segmentation, classes: ClassSet, kinds: Sequence[str], opacity: float
+    image: Pixels,
+    result: Segmentation,
+    classes: ClassSet,
+    kinds: Sequence[str],
+    opacity: float,
+    second: ClassSet | None = None,
 ) -> dict[str, bytes]:
     """The content of the files of `kinds`, see `layout.PRODUCTS`.
 
@@ -31,6 +36,7 @@ def encode_products(
         image: As displayed, uint8 (H, W, 3).
         result: Its segmentation, of the same size.
         opacity: Of the colours in the overlay, 0 to 1.
+        second: The second label space, where there is one.
 
     Raises:
         ImageError: A file format cannot hold an image of this size.
@@ -43,6 +49,7 @@ def encode_products(
         "compare": lambda: encode_png(compare(image, result.labels, classes)),
         "confidence": lambda: encode_png(_computed(result.confidence)),
         "scores": lambda: encode_npz(probabilities=_computed(result.probabilities)),
+        "geometric": lambda: encode_mask(_computed(result.second), (second or classes).palette()),
     }
     files = {}
     for kind in kinds:

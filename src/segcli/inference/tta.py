@@ -6,7 +6,7 @@ probabilities at several scales, and of the mirrored image, are averaged.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,10 +31,13 @@ TTA: dict[str, Variants] = {
 }
 
 
-def average(network: Callable[[Tensor], Tensor], images: Tensor, variants: Variants) -> Tensor:
+def average(
+    network: Callable[[Tensor], Tensor], images: Tensor, variants: Variants, heads: Sequence[int] = ()
+) -> Tensor:
     """Scores (N, C, h, w) of images (N, 3, H, W): the logarithm of the mean probabilities of all variants.
 
-    With one variant they are the network's own scores.
+    With one variant they are the network's own scores. `heads` are the numbers of classes of a network with
+    several heads, which add up to C.
     """
     if variants == TTA["none"]:
         return network(images)
@@ -50,5 +53,9 @@ def average(network: Callable[[Tensor], Tensor], images: Tensor, variants: Varia
             scores = scores.flip(-1) if mirrored else scores
             if scores.shape[-2:] != size:
                 scores = F.interpolate(scores, size, mode="bilinear", align_corners=False)
-            total = total.to(scores.device) + scores.softmax(1)
-    return (total / total.sum(1, keepdim=True)).clamp_min(LEAST).log()
+            sizes = list(heads) or [scores.shape[1]]
+            total = total.to(scores.device) + torch.cat(
+                [part.softmax(1) for part in torch.split(scores, sizes, 1)], 1
+            )
+    shares = [part / part.sum(1, keepdim=True) for part in torch.split(total, sizes, 1)]
+    return torch.cat(shares, 1).clamp_min(LEAST).log()

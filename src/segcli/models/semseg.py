@@ -52,5 +52,8 @@ class ResizingVGG16FCN(VGG16FCN):
         aligned = True if self.mode == "bilinear" else None
         return F.interpolate(scores, size, mode=self.mode, align_corners=aligned)
 
+    def preview(self, scores: Tensor, stride: int, size: tuple[int, int]) -> Tensor:
+        return self.upsample(scores, size)
+
     def _resize(self, coarse: Tensor, fine: Tensor) -> Tensor:
         return self.upsample(coarse, (fine.shape[-2], fine.shape[-1]))
