@@ -272,3 +272,21 @@ def test_published_scores() -> None:
         "fcn8s-vgg16-voc-pth": 65.51,
         "fcn8s-atonce-vgg16-voc-pth": 65.40,
     }
+
+
+def test_the_documentation_lists_every_record() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "models.md").read_text("utf-8")
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("| `") and line.count("|") == 8
+    ]
+    expected = []
+    for record in PUBLISHED.values():
+        classes = " + ".join(str(len(CLASS_SETS[name])) for name in record.classes)
+        score = ["-", "none published"]
+        if record.mean_iou is not None:
+            score = [f"{record.mean_iou}", record.scored_on]
+        names = [f"`{record.name}`", f"`{record.network}`"]
+        expected.append([*names, classes, f"{record.mebibytes:.0f}", *score, record.said_by])
+    assert rows == expected
