@@ -4,21 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
+import released
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from segcli.errors import ImageError
 from segcli.inference import cells
 from segcli.inference.cells import Labels, Lattice, labels_from_coarse, lattice_of, mixture
-from segcli.inference.segmentation import classify
+from segcli.inference.decoders import Decoded
+from segcli.inference.segmentation import Segmentation, Segmenter, classify
+from segcli.inference.sources import Input
 from segcli.models.alexnet import AlexNetFCN
+from segcli.models.checkpoint import Model
 from segcli.models.fcn import FCN, Alignment, Channels, Features
+from segcli.models.info import ModelInfo
+from segcli.models.preprocessing import Preprocessing, to_tensor
 from segcli.models.semseg import ResizingVGG16FCN
 from segcli.models.vgg import VGG16FCN
 from segcli.models.windowed import WindowedVGG16
+from segcli.palettes import CLASS_SETS
 
 THIN = (2, 3, 4, 5, 6, 7)
 CLASSES = 6
@@ -177,6 +186,45 @@ def test_more_than_256_classes() -> None:
     full = F.interpolate(coarse[None], scale_factor=8, mode="bilinear", align_corners=False)[0]
     assert labels.max() > 255
     assert_highest(labels, full, (40, 48))
+
+
+@pytest.mark.parametrize("shorter_side", [None, 24])
+@pytest.mark.parametrize("stride", [8, 32])
+def test_predict_gives_the_labels_of_the_plain_network(stride: int, shorter_side: int | None) -> None:
+    network = VGG16FCN(21, stride, widths=THIN)
+    network.load_state_dict(
+        {
+            name: network.state_dict()[name] if name.startswith("upscore") else value
+            for name, value in released.vgg_weights(stride, 21, 0, THIN).items()
+        }
+    )
+    network.eval()
+    preprocessing = Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.01, 0.01, 0.01), shorter_side=shorter_side)
+    model = Model(network, ModelInfo("test", CLASS_SETS["voc"], preprocessing), Path("test"), "")
+    pixels = np.random.default_rng(0).integers(0, 256, (47, 60, 3), dtype=np.uint8)
+    with torch.no_grad():
+        scores = network(to_tensor(pixels, preprocessing))[0]
+    expected = classify(scores, (47, 60)).labels
+    assert len(np.unique(expected)) > 1
+    for kinds in (["mask"], ["mask", "confidence"]):
+        segmenter = Segmenter(model, torch.device("cpu"), kinds)
+        assert isinstance(segmenter.network, WindowedVGG16)
+        assert (segmenter.lattice is not None) == (kinds == ["mask"])
+        ((_, result),) = segmenter.compute(iter([Decoded(Input("a", "a"), pixels)]))
+        assert isinstance(result, Segmentation)
+        assert (result.labels != expected).mean() < 1e-3
+
+
+def test_scores_that_are_not_finite_are_refused() -> None:
+    network = VGG16FCN(21, 8, widths=THIN).eval()
+    with torch.no_grad():
+        network.score_fr.bias[3] = float("nan")
+    preprocessing = Preprocessing(mean=(0.5, 0.5, 0.5), std=(1, 1, 1))
+    model = Model(network, ModelInfo("test", CLASS_SETS["voc"], preprocessing), Path("test"), "")
+    segmenter = Segmenter(model, torch.device("cpu"), ["mask"])
+    ((_, result),) = segmenter.compute(iter([Decoded(Input("a", "a"), np.zeros((9, 9, 3), np.uint8))]))
+    assert isinstance(result, ImageError)
+    assert "not finite" in str(result)
 
 
 def test_other_upsampling_is_left_alone() -> None:

@@ -19,11 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segcli.errors import ImageError
+from segcli.inference.cells import labels_from_coarse, lattice_of
 from segcli.inference.decoders import Decoded
 from segcli.inference.products import encode_products
 from segcli.inference.tta import TTA, average
 from segcli.models.checkpoint import Model
 from segcli.models.preprocessing import to_tensor
+from segcli.models.windowed import windowed
 
 GPU_BATCH = 16  # images at a time where nothing else was asked for; halved when memory runs out
 BAND = 1 << 24  # scores that are resized at a time, whatever the size of the image
@@ -36,6 +38,7 @@ class Segmentation:
     labels: npt.NDArray[np.integer[Any]]  # (H, W) class ids, uint8, or uint16 above 256 classes
     confidence: npt.NDArray[np.uint8] | None = None  # (H, W) probability of the class, 255 = certain
     probabilities: npt.NDArray[np.float16] | None = None  # (C, H, W), sum 1 over C
+    second: npt.NDArray[np.integer[Any]] | None = None  # (H, W) ids of the model's second label space
 
 
 class Segmenter:
@@ -61,10 +64,15 @@ class Segmenter:
         opacity: float = 0.5,
         tta: str = "none",
     ) -> None:
-        self.network = model.network.to(device)
+        self.network = windowed(model.network.to(device))
         self.variants = TTA[tta]
+        only_labels = tta == "none" and not {"confidence", "scores"} & set(kinds)
+        # On a GPU the full size costs little, and looking for borders makes it wait for the CPU.
+        self.lattice = lattice_of(self.network) if only_labels and device.type == "cpu" else None
         self.device = device
         self.classes = model.info.class_set
+        self.second = model.info.second_class_set
+        self.heads = [len(classes) for classes in (self.classes, self.second) if classes is not None]
         self.preprocessing = model.info.preprocessing
         if shorter_side is not None:
             self.preprocessing = replace(self.preprocessing, shorter_side=shorter_side)
@@ -78,7 +86,10 @@ class Segmenter:
             start = time.perf_counter()
             with torch.inference_mode():
                 scores = self.scores([tensor for _, tensor in batch])
-                results = [self._result(picture, s) for (picture, _), s in zip(batch, scores, strict=True)]
+                results = [
+                    self._result(picture, (tensor.shape[2], tensor.shape[3]), found)
+                    for (picture, tensor), found in zip(batch, scores, strict=True)
+                ]
             milliseconds = (time.perf_counter() - start) * 1e3 / len(batch)
             for (picture, _), result in zip(batch, results, strict=True):
                 picture.milliseconds += milliseconds
@@ -87,7 +98,7 @@ class Segmenter:
     def encode(self, picture: Decoded, result: Segmentation) -> tuple[dict[str, bytes], dict[str, float]]:
         """The files of a picture by kind, and the share of every class that occurs in it."""
         assert picture.pixels is not None
-        files = encode_products(picture.pixels, result, self.classes, self.kinds, self.opacity)
+        files = encode_products(picture.pixels, result, self.classes, self.kinds, self.opacity, self.second)
         counts = np.bincount(result.labels.ravel(), minlength=len(self.classes))
         total = result.labels.size
         shares = {
@@ -115,10 +126,16 @@ class Segmenter:
         yield from waiting.values()
 
     def scores(self, tensors: Sequence[Tensor]) -> list[Tensor | ImageError]:
-        """Scores (C, h, w) of inputs (1, 3, h, w) of one size; halves the batch when memory runs out."""
+        """Scores (C, h, w) of inputs (1, 3, h, w) of one size; halves the batch when memory runs out.
+
+        Where there is a lattice they are the network's finest scores, at its own stride.
+        """
         problem = ""
         try:
-            return list(average(self.network, torch.cat(list(tensors)).to(self.device), self.variants))
+            images = torch.cat(list(tensors)).to(self.device)
+            if self.lattice:
+                return list(self.network.score_pyramid(images)[-1])
+            return list(average(self.network, images, self.variants, self.heads))
         except (RuntimeError, MemoryError) as error:
             problem = str(error)
             short_of_memory = is_out_of_memory(error)
@@ -137,19 +154,32 @@ class Segmenter:
             self.batch_size = max(1, min(self.batch_size, half))
         return self.scores(tensors[:half]) + self.scores(tensors[half:])
 
-    def _result(self, picture: Decoded, scores: Tensor | ImageError) -> Segmentation | ImageError:
+    def _result(
+        self, picture: Decoded, seen: tuple[int, int], scores: Tensor | ImageError
+    ) -> Segmentation | ImageError:
         if isinstance(scores, ImageError):
             return scores
         assert picture.pixels is not None
         height, width = picture.pixels.shape[:2]
         try:
-            return classify(scores, (height, width), "confidence" in self.kinds, "scores" in self.kinds)
+            first, *others = torch.split(scores, self.heads)
+            result = self._classified(first, seen, (height, width))
+            if "geometric" not in self.kinds:
+                return result
+            return replace(result, second=self._classified(others[0], seen, (height, width)).labels)
         except ImageError as error:
             return error
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             return ImageError(f"there is not enough memory for results of {width} x {height} pixels")
+
+    def _classified(self, scores: Tensor, seen: tuple[int, int], size: tuple[int, int]) -> Segmentation:
+        """What one head says."""
+        if self.lattice:
+            check_finite(scores)
+            return Segmentation(labels_from_coarse(scores, self.lattice, seen, size))
+        return classify(scores, size, "confidence" in self.kinds, "scores" in self.kinds)
 
 
 def classify(
@@ -176,8 +206,7 @@ def classify(
         band = slice(top, min(top + rows, height))
         values = resized_rows(scores.float(), size, band)  # (C, rows, W)
         best, winner = values.max(0)
-        if not torch.isfinite(best).all():
-            raise ImageError("the network gave scores that are not finite numbers; the model is damaged")
+        check_finite(best)
         labels[band] = winner.cpu().numpy()
         if certainty is not None or shares is not None:
             soft = values.softmax(0)
@@ -186,6 +215,12 @@ def classify(
             if shares is not None:
                 shares[:, band] = soft.half().cpu().numpy()
     return Segmentation(labels, certainty, shares)
+
+
+def check_finite(scores: Tensor) -> None:
+    """Raise ImageError where a score is not a finite number."""
+    if not torch.isfinite(scores).all():
+        raise ImageError("the network gave scores that are not finite numbers; the model is damaged")
 
 
 def resized_rows(scores: Tensor, size: tuple[int, int], rows: slice) -> Tensor:

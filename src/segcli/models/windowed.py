@@ -107,6 +107,11 @@ def stretched(small: Axis, large: Axis) -> list[int]:
     return [*pixels[:middle], *[middle] * (large.length - small.length), *pixels[middle:]]
 
 
+def windowed(network: Network) -> Network:
+    """The network for inference: a `WindowedVGG16` around the VGG16 ones, any other as it is."""
+    return WindowedVGG16(network) if isinstance(network, VGG16FCN) else network
+
+
 class WindowedVGG16(Network):
     """A VGG16 network with the weights it has now, computed where the image can reach.
 
