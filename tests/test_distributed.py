@@ -204,7 +204,7 @@ def test_torchrun_end_to_end(tmp_path: Path, shapes: Path, alone: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(f"{REGISTER_TINY}\nfrom segcli.cli import main\nmain()\n")
     torchrun = Path(sys.executable).with_name("torchrun")
-    command: list[Any] = [torchrun, "--nproc-per-node", 2, "--master-port", 0, "--standalone", program, "train",
+    command: list[Any] = [torchrun, "--standalone", "--nproc-per-node", 2, program, "train",
                           "--data", shapes, "--out", tmp_path / "run", *PLAIN, "--json"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
