@@ -17,7 +17,7 @@ from segcli.cli import main
 from segcli.errors import CheckpointError, UsageError
 from segcli.models.checkpoint import fill, load_model, save_model
 from segcli.models.info import METADATA_KEY, ModelInfo, read_info
-from segcli.models.networks import get
+from segcli.models.networks import NETWORKS, get, get_empty
 from segcli.models.preprocessing import PREPROCESSINGS
 from segcli.palettes import CLASS_SETS, generic_class_set
 
@@ -200,3 +200,17 @@ def test_predict_with_a_damaged_model_exits_with_2(
 def test_channels_count_both_heads() -> None:
     assert INFO.channels == 36
     assert ModelInfo("fcn8s", generic_class_set(7)).channels == 7
+
+
+def test_empty_networks_draw_nothing_and_fit() -> None:
+    """Every kind of network, among them RegNet, whose builder computes with tensors."""
+    names = [name for name in NETWORKS if not name.startswith(("fcn16s-", "fcn8s-"))]
+    assert "fcn32s-regnet_y_400mf" in names
+    state = torch.get_rng_state()
+    empty = {name: get_empty(name, 3).state_dict() for name in names}
+    assert torch.equal(torch.get_rng_state(), state)
+    for name in ("fcn32s-regnet_y_400mf", "fcn32s-efficientnet_b0", "lraspp_mobilenet_v3_large"):
+        full = get(name, 3).state_dict()
+        assert {key: value.shape for key, value in full.items()} == {
+            key: value.shape for key, value in empty[name].items()
+        }

@@ -556,3 +556,7 @@ def test_import_command_reports_what_it_did(tmp_path: Path, capfd: pytest.Captur
         main(["models", "import", str(out), "--out", str(tmp_path / "again.safetensors")])
     assert exit_.value.code == 2
     assert "is a model of segcli already" in capfd.readouterr().err
+    with pytest.raises(SystemExit) as exit_:
+        main(["models", "import", str(out), "--out", str(out)])
+    assert exit_.value.code == 2
+    assert "is the file to import" in capfd.readouterr().err

@@ -164,6 +164,8 @@ def import_(
         raise UsageError(f"--out must end in .safetensors, unlike {out}")
     if not file.is_file():
         raise UsageError(f"there is no file {file}")
+    if out.exists() and out.samefile(file):
+        raise UsageError(f"--out {out} is the file to import; choose another name")
 
     from segcli.models.importers import import_model
 

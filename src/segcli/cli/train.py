@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional, get_type_hints
 
 import typer
 
+from segcli.cli.downloading import get_model
 from segcli.cli.options import Device, Json, Quiet, Verbose
 from segcli.cli.terminal import Terminal
 from segcli.cli.train_display import Display, duration
@@ -131,6 +132,8 @@ def run_training(
         config = dataclasses.replace(config, precision=precision, workers=workers)
         if first and not dry_run:
             check_run_folder(out, config, overwrite)
+        if config.model:
+            get_model(config.model, terminal)  # a download is shown
         task = make_task(config, device)
         state = loop.new_state(task, config, device)
         for line in task.about:
