@@ -1,0 +1,148 @@
+"""FCN-8s on VGG16 at one size: the plain network, and the same computed only where the image can reach.
+
+    OMP_NUM_THREADS=1 python benchmarks/border.py [--size 375 500] [--rounds 5]
+
+Prints multiplications, what they would take at this machine's measured matrix rate, what both networks took
+(interleaved, medians; on a busy machine believe the processor time), how far their scores lie apart, and what
+the label map took from scores of the full size and from cells of the coarse ones. Weights are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from segcli.inference.cells import labels_from_coarse, lattice_of
+from segcli.inference.segmentation import classify
+from segcli.models.vgg import CONVOLUTIONS_PER_STAGE, FIRST_PADDING, VGG16FCN, WIDTHS
+from segcli.models.windowed import STAGES, WindowedVGG16, trace
+
+CLASSES = 21
+KERNEL = 3
+CLASSIFIER_SIDE = 7
+
+
+def multiplications(height: int, width: int) -> dict[str, tuple[float, float]]:
+    """Millions of multiplications by layer group: (plain, windowed). The head's few are left out."""
+    plain = [n + 2 * FIRST_PADDING - KERNEL + 1 for n in (height, width)]  # after conv1_1
+    axes = [trace(height), trace(width)]
+    window = [height, width]
+    counts: dict[str, tuple[float, float]] = {}
+    before = 3
+    for stage, convolutions in enumerate(CONVOLUTIONS_PER_STAGE, 1):
+        whole = reached = 0
+        if stage in STAGES:
+            window = [n + sum(axis[stage - 1].widened) for n, axis in zip(window, axes, strict=True)]
+        for _ in range(convolutions):
+            weights = before * WIDTHS[stage - 1] * KERNEL**2
+            window = [n + KERNEL - 1 for n in window] if stage in STAGES else plain
+            whole += plain[0] * plain[1] * weights
+            reached += window[0] * window[1] * weights
+            before = WIDTHS[stage - 1]
+        counts[f"stage {stage}"] = (whole / 1e6, reached / 1e6)
+        plain = [-(-n // 2) for n in plain]
+        window = [n // 2 for n in window]
+    positions = (plain[0] - CLASSIFIER_SIDE + 1) * (plain[1] - CLASSIFIER_SIDE + 1)
+    connected = positions * (WIDTHS[4] * CLASSIFIER_SIDE**2 + WIDTHS[5]) * WIDTHS[5] / 1e6
+    counts["fc6, fc7"] = (connected, connected)
+    return counts
+
+
+def interleaved(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, float]]:
+    """Median (wall time, processor time) of each job in milliseconds, after one round to warm up."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
+    for number in range(rounds + 1):
+        for name, job in jobs.items():
+            start, used = time.perf_counter(), time.process_time()
+            job()
+            if number:
+                spent = (time.perf_counter() - start) * 1e3, (time.process_time() - used) * 1e3
+                times[name].append(spent)
+    return {
+        name: (statistics.median(w for w, _ in found), statistics.median(p for _, p in found))
+        for name, found in times.items()
+    }
+
+
+def matrix_rate(rounds: int) -> float:
+    """Floating point operations in a second of processor time, in a product of two 2048 x 2048 matrices."""
+    a, b = torch.randn(2, 2048, 2048)
+    ((_, milliseconds),) = interleaved({"product": lambda: a @ b}, rounds).values()
+    return float(2 * 2048**3 / (milliseconds / 1e3))
+
+
+def show(title: str, found: dict[str, tuple[float, float]]) -> None:
+    print(f"\n{title}: median ms, wall and processor time")
+    first = next(iter(found.values()))
+    for name, (wall, processor) in found.items():
+        ratios = f"{first[0] / wall:5.2f}x {first[1] / processor:5.2f}x"
+        print(f"  {name:34} {wall:9.1f} {processor:9.1f}   {ratios}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", nargs=2, type=int, default=(375, 500), metavar=("HEIGHT", "WIDTH"))
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    height, width = options.size
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    print(f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} CPUs, {threads} threads in use, "
+          f"torch {torch.__version__}, {width} x {height} pixels")  # fmt: skip
+
+    rate = matrix_rate(options.rounds) / threads  # processor time counts every thread
+    counts = multiplications(height, width)
+    print(f"\nmatrix rate {rate / 1e9:.0f} GFLOP/s and thread; 10^9 multiplications, plain and windowed")
+    for name, (plain, reached) in counts.items():
+        print(f"  {name:34} {plain / 1e3:9.1f} {reached / 1e3:9.1f}")
+    totals = [sum(column) / 1e3 for column in zip(*counts.values(), strict=True)]
+    at_rate = [2e9 * total / rate * 1e3 for total in totals]
+    print(f"  {'all':34} {totals[0]:9.1f} {totals[1]:9.1f}   {totals[0] / totals[1]:.2f}x")
+    print(f"  {'ms of one thread at the matrix rate':34} {at_rate[0]:9.0f} {at_rate[1]:9.0f}")
+
+    network = VGG16FCN(CLASSES, 8).eval()
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight)
+            nn.init.normal_(layer.bias, std=0.1)  # type: ignore[arg-type]
+    fast = WindowedVGG16(network)
+    images = torch.randn(1, 3, height, width) * 60
+    with torch.inference_mode():
+        jobs = {"plain": lambda: network(images), "windowed": lambda: fast(images)}
+        show("scores of the full size", interleaved(jobs, options.rounds))
+        expected, found = network(images), fast(images)
+        error = (expected - found).abs().max()
+        print(f"  apart by at most {error:.1e}, {error / expected.abs().max():.1e} of the largest score")
+
+        # Label maps: large regions with wavering borders, since random weights give hardly any.
+        shape = fast.score_pyramid(images)[-1].shape[-2:]
+        regions = F.interpolate(torch.randn(1, CLASSES, 4, 5), shape, mode="bilinear")[0]
+        coarse = regions * 3 + torch.randn(CLASSES, *shape) * 0.05
+        lattice = lattice_of(network)
+        assert lattice is not None
+        winners = coarse.argmax(0)
+        quads = torch.stack([winners[:-1, :-1], winners[1:, :-1], winners[:-1, 1:], winners[1:, 1:]])
+        print(f"\n{(quads != quads[0]).any(0).float().mean():.0%} of the cells lie between classes")
+        for displayed in ((height, width), (3000, 4000)):
+            jobs = {
+                "scores of the full size": lambda size=displayed: (
+                    classify(network.upsample(coarse[None], (height, width))[0], size).labels
+                ),
+                "cells": lambda size=displayed: labels_from_coarse(coarse, lattice, (height, width), size),
+            }
+            show(f"label map of {displayed[1]} x {displayed[0]}", interleaved(jobs, options.rounds))
+            differ = (jobs["cells"]() != jobs["scores of the full size"]()).mean()
+            print(f"  {differ:.1e} of the pixels differ")
+
+
+if __name__ == "__main__":
+    main()
