@@ -17,7 +17,7 @@ from segcli.cli.downloading import get_model
 from segcli.cli.options import Device, Json, Quiet, Verbose
 from segcli.cli.terminal import Terminal
 from segcli.cli.train_display import Display, duration
-from segcli.errors import UsageError
+from segcli.errors import SegcliError, UsageError
 from segcli.training.config import MACHINE_OPTIONS, RECIPES, TrainConfig, read_config, resolve, to_toml
 
 if TYPE_CHECKING:
@@ -93,10 +93,11 @@ def one_voice() -> Iterator[None]:
         yield
     except distributed.FailedElsewhere as error:
         raise typer.Exit(error.exit_code) from None
-    except NonFinite as error:
-        if distributed.rank() == 0:
-            raise
-        raise typer.Exit(error.exit_code) from None
+    except SegcliError as error:
+        if isinstance(error, NonFinite) and distributed.rank() != 0:  # all know it
+            raise typer.Exit(error.exit_code) from None
+        distributed.tell_torchrun(error)
+        raise
     except RuntimeError as error:
         if not distributed.lost_another(error):
             raise
@@ -220,12 +221,11 @@ def check_data(task: Task, config: TrainConfig, terminal: Terminal) -> None:
     serious = [finding for finding in findings if finding.serious]
     for finding in serious[:SHOWN_FINDINGS]:
         terminal.warn(str(finding))
+    if len(serious) > SHOWN_FINDINGS:
+        terminal.warn(f"and {len(serious) - SHOWN_FINDINGS} more, which `segcli data verify` lists")
     if serious:
-        more = len(serious) - SHOWN_FINDINGS
-        listed = f" and {more} more" if more > 0 else ""
         terminal.document({"findings": [str(finding) for finding in serious]})
-        shown = min(len(serious), SHOWN_FINDINGS)
-        raise UsageError(f"nothing was trained, because of the {shown} findings above{listed}")
+        raise UsageError("nothing was trained: these files of the data cannot be used as they are")
     if findings:
         terminal.say(
             f"{len(findings)} files are not used, such as {findings[0].path}, which {findings[0].problem}."

@@ -64,7 +64,7 @@ class Display:
         speed = f"{progress.images_per_second:.1f} images/s"
         left = duration(progress.seconds_left) + " left"
         self._bar(epoch, progress.batch, progress.batches, f"batches  {speed}", left)
-        parts = [f"loss {progress.loss:.4g}", f"learning rate {progress.lr:.2g}"]
+        parts = [f"loss {number(progress.loss)}", f"learning rate {progress.lr:.2g}"]
         if self.scored:
             best = max(self.scored, key=lambda record: record[self.score])
             parts.append(f"{SCORES[self.score]} {100 * self.scored[-1][self.score]:.1f}")
@@ -80,7 +80,7 @@ class Display:
         """An epoch is over."""
         if self.score in record:
             self.scored.append(record)
-        parts = [f"epoch {record['epoch']:>3}/{self.epochs}", f"loss {record['loss']:.4g}"]
+        parts = [f"epoch {record['epoch']:>3}/{self.epochs}", f"loss {number(record['loss'])}"]
         parts += [f"{SCORES[key]} {100 * record[key]:.1f}" for key in SCORES if key in record]
         self.terminal.say("  ".join([*parts, duration(record["seconds"])]))
         self.last_line = time.monotonic()
@@ -88,6 +88,11 @@ class Display:
     def _bar(self, what: str, done: int, count: int, unit: str, right: str) -> None:
         if self.live is not None:
             self.live.show(what, done, count, unit, right)
+
+
+def number(loss: float) -> str:
+    """A loss; a summed one is large."""
+    return f"{loss:.4f}" if loss < 1000 else f"{loss:.4g}"
 
 
 def duration(seconds: float) -> str:

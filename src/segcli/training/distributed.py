@@ -9,9 +9,12 @@ may fail before the first step happens inside `together`, so that of an error th
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -99,6 +102,13 @@ def together() -> Iterator[None]:
             raise FailedElsewhere(codes[failed[0]] or 1)
     if problem is not None:
         raise problem
+
+
+def tell_torchrun(error: Exception) -> None:
+    """Put an error into the report with which torchrun ends, which otherwise gives only an exit code."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        Path(file).write_text(json.dumps({"message": str(error), "timestamp": int(time.time())}))
 
 
 def lost_another(error: RuntimeError) -> bool:
