@@ -62,6 +62,14 @@ def test_network_size_rounds_down_as_torchvision_does() -> None:
     assert network_size(375, 500, Preprocessing()) == (375, 500)
 
 
+def test_strips_are_not_blown_up() -> None:
+    settings = Preprocessing(shorter_side=100)
+    assert network_size(50, 400, settings) == (100, 800)
+    assert network_size(50, 500, settings) == (80, 800)  # 800 / 500 * 50
+    assert network_size(5000, 1, settings) == (800, 1)
+    assert network_size(1, 1, settings) == (100, 100)
+
+
 def test_labels_are_never_interpolated() -> None:
     labels = np.array([[0, 255], [7, 3]], np.uint8)
     found = resize_labels(labels, Preprocessing(shorter_side=5))

@@ -64,15 +64,24 @@ PREPROCESSINGS: dict[str, Preprocessing] = {
 }
 
 
+LONGEST = 8  # times the shorter side that a preprocessing asks for
+
+
 def network_size(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:
-    """The size (H, W) at which the network sees an image of that size."""
+    """The size (H, W) at which the network sees an image of that size.
+
+    The shorter side is as asked for, unless the longer one would then be more than `LONGEST` times that:
+    a strip of 1 x 5000 pixels is not blown up to 520 x 2,600,000.
+    """
     if preprocessing.shorter_side is None:
         return height, width
     long, short = max(height, width), min(height, width)
-    longer_side = preprocessing.shorter_side * long // short  # rounded down, as torchvision does
-    if height <= width:
-        return preprocessing.shorter_side, longer_side
-    return longer_side, preprocessing.shorter_side
+    shorter = preprocessing.shorter_side
+    longer = shorter * long // short  # rounded down, as torchvision does
+    if longer > LONGEST * shorter:
+        longer = LONGEST * shorter
+        shorter = max(1, longer * short // long)
+    return (shorter, longer) if height <= width else (longer, shorter)
 
 
 def resize(image: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> npt.NDArray[np.uint8]:
