@@ -207,7 +207,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".caffemodel":
         parts = ("weight", "bias")
         return {
-            f"{layer.name}.{part}": torch.from_numpy(blob)
+            f"{layer.name}.{part}": torch.from_numpy(blob.copy())
             for layer in read_caffemodel(path)
             for part, blob in zip(parts, layer.blobs, strict=False)
         }
