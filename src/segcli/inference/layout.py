@@ -7,7 +7,8 @@ masks/_run/               manifest.jsonl, run.json, lock
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath
+import posixpath
+from pathlib import Path
 
 RUN_FOLDER = "_run"
 RUN_FILE = "run.json"
@@ -37,11 +38,11 @@ RESERVED = frozenset(
 def file_of(out: Path, output: str, kind: str) -> Path:
     """Where a product lies: `output` is the mask's path below the output folder, such as "a/b.png"."""
     folder, suffix = PLACES[kind]
-    return out / folder / PurePosixPath(output).with_suffix(suffix)
+    return out / folder / (posixpath.splitext(output)[0] + suffix)
 
 
 def mask_of(path: str) -> str:
     """The `output` that a product belongs to: the inverse of `file_of`, below the output folder."""
     first, _, rest = path.partition("/")
     below = rest if first in RESERVED else path
-    return str(PurePosixPath(below).with_suffix(".png"))
+    return posixpath.splitext(below)[0] + ".png"

@@ -25,6 +25,7 @@ import json
 import os
 import socket
 import time
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -73,7 +74,7 @@ class Entry:
     def parse(cls, line: bytes) -> Entry | None:
         """The entry of a line, or None when it is damaged."""
         try:
-            values = json.loads(line)
+            values = json.loads(line.decode("ascii"))
             if values.get("input"):
                 values["input"] = Content(**values["input"])
             values["files"] = {kind: Content(**value) for kind, value in values.get("files", {}).items()}
@@ -110,9 +111,9 @@ class Manifest:
                 if not line.endswith(b"\n"):
                     file.truncate(position)  # torn by a crash
                     break
-                entry = Entry.parse(line)
-                if entry is not None and entry.output is not None:
-                    self._positions[hash(mask_of(entry.output))] = position
+                _, output = _keys(line)
+                if output:
+                    self._positions[output] = position
                 position += len(line)
 
     def __len__(self) -> int:
@@ -150,37 +151,39 @@ class Manifest:
             self._reader.close()
 
     def compact(self) -> None:
-        """Keep the last line about every input and every output. Called after `close`."""
+        """Keep the last line about every input and every output. Damaged lines go, too."""
         last_of_source: dict[int, int] = {}
         last_of_output: dict[int, int] = {}
-        lines = lines_with_output = 0
-        for number, entry in self._entries():
-            last_of_source[hash(entry.source)] = number
-            lines += 1
-            if entry.output is not None:
-                last_of_output[hash(mask_of(entry.output))] = number
-                lines_with_output += 1
-        if lines == len(last_of_source) and lines_with_output == len(last_of_output):
+        outputs = array("q")  # by line
+        with self.path.open("rb") as file:
+            for number, line in enumerate(file):
+                source, output = _keys(line)
+                outputs.append(output)
+                if source:
+                    last_of_source[source] = number
+                if output:
+                    last_of_output[output] = number
+        keep = {n for n in last_of_source.values() if not outputs[n] or last_of_output[outputs[n]] == n}
+        if len(keep) == len(outputs):
             return
 
         temporary = self.path.with_name(TEMPORARY_PREFIX + MANIFEST_FILE)
         with machine_errors(self.path, "write"):
-            with temporary.open("wb") as file:
-                for number, entry in self._entries():
-                    replaced = (
-                        entry.output is not None and last_of_output[hash(mask_of(entry.output))] != number
-                    )
-                    if last_of_source[hash(entry.source)] == number and not replaced:
-                        file.write(entry.line())
-                file.flush()
-                os.fsync(file.fileno())
+            with self.path.open("rb") as old, temporary.open("wb") as new:
+                new.writelines(line for number, line in enumerate(old) if number in keep)
+                new.flush()
+                os.fsync(new.fileno())
             temporary.replace(self.path)
 
-    def _entries(self) -> Iterator[tuple[int, Entry]]:
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file):
-                if (entry := Entry.parse(line)) is not None:
-                    yield number, entry
+
+def _keys(line: bytes) -> tuple[int, int]:
+    """Hashes of a line's source and of the mask it belongs to; 0 for what is not there."""
+    try:
+        values = json.loads(line.decode("ascii"))
+        output = values["output"]
+        return hash(values["source"]), hash(mask_of(output)) if output else 0
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return 0, 0
 
 
 @contextlib.contextmanager
