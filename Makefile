@@ -30,6 +30,9 @@ docs: setup  ## write docs/commands.md and the pictures of the README
 test-faults: setup  ## run the fault suite with its full counts (an hour or so)
 	SEGCLI_FAULTS=full $(BIN)/python -m pytest -m faults -s
 
+bench: setup  ## time the networks and their parts beside their plain versions
+	$(BIN)/python benchmarks/border.py
+
 lint: setup  ## check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
