@@ -61,8 +61,9 @@ def test_every_command_explains_itself_in_80_columns(
     assert "segcli" in text
     if len(command) == 1 and not text.count("Commands:"):
         assert re.search(r"Examples?:", text)
-    for option in re.findall(r"^  (--[a-z-]+)[^\n]*$", text, re.M):
-        block = text.split(option, 1)[1].split("\n  -", 1)[0]
+    options = text.partition("\nOptions:\n")[2]
+    for option in re.findall(r"^  (?:-[a-z], )?(--[a-z-]+)", options, re.M):
+        block = options.split(f"{option} ", 1)[-1].split("\n  -", 1)[0]
         assert re.search(r"[a-z]{3,}.*[.)\]]", block, re.S), f"{option} of {command} has no help"
 
 
