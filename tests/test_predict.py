@@ -422,3 +422,17 @@ def test_help_shows_the_options_and_examples(capsys: pytest.CaptureFixture[str])
     said = capsys.readouterr().out
     for word in ("--out", "--list", "--save", "--overwrite", "segcli predict photos/ --out masks/"):
         assert word in said
+
+
+def test_averaging_over_mirrored_images_makes_the_result_mirror() -> None:
+    save_picture(Path("in/left.png"), 40, 56, 3)
+    with Image.open("in/left.png") as image:
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save("in/right.png")
+    assert predict("in", "--out", "plain", "--quiet") == 0
+    assert predict("in", "--out", "masks", "--tta", "flip", "--quiet") == 0
+    mirrored = pixels_of("masks/right.png")[:, ::-1]
+    assert (pixels_of("masks/left.png") == mirrored).mean() > 0.99
+    assert (pixels_of("plain/left.png") == pixels_of("plain/right.png")[:, ::-1]).mean() < 1
+    assert predict("in", "--out", "masks", "--quiet") == 2  # without it the results would be others
+    assert predict("in", "--out", "new", "--tta", "turn", "--quiet") == 2
+    assert not Path("new").exists()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from segcli.cli.downloading import get_model
-from segcli.cli.options import Device, Json, Offline, Quiet, Verbose
+from segcli.cli.options import Device, Json, Offline, Quiet, Tta, Verbose
 from segcli.cli.terminal import Terminal
 from segcli.errors import UsageError
 
@@ -42,14 +42,6 @@ Out = Annotated[
 Size = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(min=1, help="Shorter side at which the network sees the images. [the model's own]"),
-]
-
-
-Tta = Annotated[
-    str,
-    typer.Option(
-        help="none; flip: also mirrored; scales: at 0.75, 1 and 1.25 times the size, also mirrored."
-    ),
 ]
 
 
@@ -143,11 +135,10 @@ def run_model(
     from segcli.device import describe, pick_device
     from segcli.evaluation import matching_classes, predictions_of_model
     from segcli.inference.segmentation import Segmenter
-    from segcli.inference.tta import TTA
+    from segcli.inference.tta import variants_of
     from segcli.models.checkpoint import load_model
 
-    if tta not in TTA:
-        raise UsageError(f"--tta {tta!r} is unknown; use {', '.join(TTA)}")
+    variants_of(tta)
     device = pick_device(device_name)
     model = load_model(model_file)
     matching_classes(model.info.class_set, dataset.class_set)

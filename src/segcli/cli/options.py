@@ -16,3 +16,9 @@ Model = Annotated[str, typer.Option("--model", "-m", help="A name of `segcli mod
 Offline = Annotated[
     bool, typer.Option("--offline", help="Do not use the network; SEGCLI_OFFLINE=1 says so for all commands.")
 ]
+Tta = Annotated[
+    str,
+    typer.Option(
+        help="none; flip: also mirrored; scales: at 0.75, 1 and 1.25 times the size, also mirrored."
+    ),
+]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from segcli.cli.downloading import get_model
-from segcli.cli.options import Device, Json, Model, Offline, Quiet, Verbose
+from segcli.cli.options import Device, Json, Model, Offline, Quiet, Tta, Verbose
 from segcli.cli.runs import Overwrite, Workers, default_workers, refuse_empty, report, run_and_show
 from segcli.cli.terminal import Terminal
 from segcli.errors import UsageError
@@ -54,6 +54,7 @@ def predict(
     batch_size: BatchSize = "auto",
     workers: Workers = None,
     size: Size = None,
+    tta: Tta = "none",
     opacity: Opacity = 0.5,
     offline: Offline = False,
     quiet: Quiet = False,
@@ -77,11 +78,13 @@ def predict(
     from segcli.images import SUFFIXES
     from segcli.inference.engine import Progress, Task
     from segcli.inference.sources import parse
+    from segcli.inference.tta import variants_of
     from segcli.models.info import read_info
 
     terminal = Terminal(quiet, json)
     kinds = kinds_of(save)
     images_at_a_time = batch_size_of(batch_size)
+    variants_of(tta)
     found = parse(sources or [], list_file, str(out), SUFFIXES)
     refuse_empty(found, "image")
     model_file = get_model(model, terminal, offline)
@@ -102,7 +105,7 @@ def predict(
         images = "images" if progress.total is None else f"{progress.total:,} images"
         classes = f"{len(loaded.info.class_set)} classes"
         terminal.say(f"Segmenting {images} with {model_file.stem} ({classes}) on {describe(picked)}.")
-        return Segmenter(loaded, picked, kinds, images_at_a_time, size, opacity)
+        return Segmenter(loaded, picked, kinds, images_at_a_time, size, opacity, tta)
 
     progress = Progress()
     task = Task(
@@ -110,7 +113,7 @@ def predict(
         out=out,
         kinds=kinds,
         model=model_file.stem,
-        settings={"weights": sha256(model_file), "size": size, "opacity": opacity},
+        settings={"weights": sha256(model_file), "size": size, "tta": tta, "opacity": opacity},
         options={
             "sources": sources or ["--list", list_file],
             "model": str(model_file),

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+from segcli.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LEAST = 1e-30  # of a probability, so that its logarithm can still be interpolated
 
@@ -31,6 +33,17 @@ TTA: dict[str, Variants] = {
 }
 
 
+def variants_of(name: str) -> Variants:
+    """The variants of that name, a key of `TTA`. Needs no torch, so that a wrong name is found at once.
+
+    Raises:
+        UsageError: The name is unknown.
+    """
+    if name not in TTA:
+        raise UsageError(f"--tta {name!r} is unknown; use {', '.join(TTA)}")
+    return TTA[name]
+
+
 def average(
     network: Callable[[Tensor], Tensor], images: Tensor, variants: Variants, heads: Sequence[int] = ()
 ) -> Tensor:
@@ -39,6 +52,9 @@ def average(
     With one variant they are the network's own scores. `heads` are the numbers of classes of a network with
     several heads, which add up to C.
     """
+    import torch
+    import torch.nn.functional as F
+
     if variants == TTA["none"]:
         return network(images)
     size = images.shape[-2:]
