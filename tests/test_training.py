@@ -16,7 +16,8 @@ import tiny_network  # noqa: F401 - registers fcn8s-tiny
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from training_runs import SMALL, TINY, assert_same_result, log, make_shapes, run
+from processes import Process, wait_until
+from training_runs import REGISTER_TINY, SMALL, TINY, assert_same_result, log, make_shapes, run
 
 from segcli.cli import main
 from segcli.data.loading import batches
@@ -409,6 +410,18 @@ def test_other_options_in_the_same_folder_are_refused(
     assert (undisturbed / "last.safetensors").read_bytes() == before
     automatic = [word if word != "fp32" else "auto" for word in TINY]
     assert run("--data", shapes, "--out", undisturbed, *automatic, "--epochs", "2") in (0, 2)  # 2: it is bf16
+
+
+def test_two_trainings_do_not_share_a_folder(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--data", shapes, "--out", tmp_path / "run", *TINY, "--epochs", "100000"]
+    other = Process("train", *arguments, folder=tmp_path, before=REGISTER_TINY)
+    wait_until(lambda: (tmp_path / "run/checkpoint.pt").exists())
+    assert run(*arguments) == 2
+    assert f"{tmp_path / 'run'} is in use by process {other.pid} on " in capsys.readouterr().err
+    other.kill_group()
+    assert other.wait() == -signal.SIGKILL
 
 
 def test_overwrite_starts_anew(shapes: Path, tmp_path: Path) -> None:

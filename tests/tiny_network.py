@@ -33,6 +33,14 @@ class Tiny(FCN):
         return Features(maps[0], maps[1], self.dropout(maps[2]))
 
 
+class Heavy(Tiny):
+    """With so much ballast that a checkpoint takes a while to be written."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(num_classes, plain=False)
+        self.register_buffer("ballast", torch.zeros(4_000_000))
+
+
 class Exploding(Tiny):
     """From its `at`-th step on, the loss is not finite, or only its gradient."""
 
@@ -54,4 +62,5 @@ class Exploding(Tiny):
 
 
 NETWORKS["fcn8s-tiny"] = partial(Tiny, plain=False)
+NETWORKS["fcn8s-heavy"] = Heavy
 NETWORKS["fcn8s-plain"] = partial(Tiny, plain=True)

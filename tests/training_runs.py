@@ -14,7 +14,14 @@ from PIL import Image
 from segcli.cli import main
 
 TESTS = Path(__file__).parent
-REGISTER_TINY = f"import sys; sys.path.append({str(TESTS)!r}); import tiny_network"  # for `processes.Process`
+# For `processes.Process`: the tiny networks, and an installation without the extra segcli[train], which takes
+# seconds to import.
+REGISTER_TINY = f"""
+import sys
+sys.path.append({str(TESTS)!r})
+import tiny_network
+sys.modules["torch.utils.tensorboard"] = sys.modules["matplotlib.figure"] = None
+"""
 SMALL = [
     "--crop", "64", "64", "--batch-size", "4", "--precision", "fp32", "--storage", "float32", "--warmup", "0",
     "--quiet", "--workers", "0", "--device", "cpu",

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
+import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
-from segcli.errors import MachineError
+from segcli.errors import MachineError, UsageError
 
 _UMASK = os.umask(0)  # can only be read by setting it, so once, before there are threads
 os.umask(_UMASK)
@@ -70,6 +74,49 @@ def require_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(prefix=TEMPORARY_PREFIX, dir=folder):
             pass
+
+
+@contextlib.contextmanager
+def locked(folder: Path, lock: Path) -> Iterator[None]:
+    """Keep an output folder to this process; the system frees it when the process dies, however it dies.
+
+    Args:
+        folder: What is written to.
+        lock: The file that stands for it; its folder is made when it is missing.
+
+    Raises:
+        UsageError: Another process is writing to the folder.
+        MachineError: The lock cannot be made.
+    """
+    with machine_errors(folder, "write to"):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = lock.open("a+")
+    with file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            _take(file, folder)
+        yield
+
+
+def _take(file: IO[str], folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read().strip() or "another process"
+        raise UsageError(f"{folder} is in use by {holder}; wait for it, or choose another --out") from None
+    file.seek(0)
+    file.truncate()
+    began = time.strftime("%Y-%m-%d %H:%M:%S")
+    file.write(f"process {os.getpid()} on {socket.gethostname()} since {began}\n")
+    file.flush()
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files of a run that was killed."""
+    for where, _, names in os.walk(folder):
+        for name in names:
+            if name.startswith(TEMPORARY_PREFIX):
+                Path(where, name).unlink()
 
 
 def sha256(path: Path) -> str:

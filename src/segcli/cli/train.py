@@ -7,7 +7,7 @@ import inspect
 import os
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional, get_type_hints
 
@@ -115,44 +115,84 @@ def run_training(
     terminal: Terminal,
 ) -> None:
     """Set up, train, report."""
-    import multiprocessing
-
-    from segcli.device import describe, pick_device, pick_precision
-    from segcli.files import require_writable, write_atomic
-    from segcli.inference.interrupts import Interrupts
-    from segcli.training import distributed, loop, record
-    from segcli.training.setup import available_workers, make_task
+    from segcli.device import pick_device
+    from segcli.files import locked, remove_leftovers, require_writable, write_atomic
+    from segcli.training import distributed, loop
+    from segcli.training.setup import make_task
 
     first = distributed.rank() == 0
+    writes = first and not dry_run
     terminal.quiet |= not first
     terminal.json &= first
-    with distributed.together():
-        device = distributed.own_device(pick_device(device_name))
-        precision = pick_precision(config.precision, device)
-        workers = available_workers() if config.workers < 0 else config.workers
-        config = dataclasses.replace(config, precision=precision, workers=workers)
-        if first and not dry_run:
-            check_run_folder(out, config, overwrite)
-        if config.model:
-            get_model(config.model, terminal)  # a download is shown
-        task = make_task(config, device)
-        state = loop.new_state(task, config, device)
-        for line in task.about:
-            terminal.say(line)
-        together = f"{distributed.processes()} processes, " if distributed.processes() > 1 else ""
-        terminal.say(f"On {together}{describe(device)}, in {precision}.")
-        if first and not dry_run:
-            require_writable(out)
-        resumed = not dry_run and loop.load_state(out, state)
-        if not (resumed or skip_check):
-            distributed.from_first(lambda: check_data(task, config, terminal))
-    if dry_run:
-        try_one_batch(task, state, config, device, terminal)
-        return
-    if resumed and not loop.is_finished(state, config):
-        terminal.say(f"Going on in {out} at epoch {state.epoch + 1}, batch {state.batch + 1}.")
-    if first:
-        write_atomic(out / "config.toml", to_toml(config).encode())
+    with ExitStack() as held:
+        with distributed.together():
+            device = distributed.own_device(pick_device(device_name))
+            config = settled(config, device)
+            if writes:
+                check_run_folder(out, config, overwrite)
+            if config.model:
+                get_model(config.model, terminal)  # a download is shown
+            task = make_task(config, device)
+            state = loop.new_state(task, config, device)
+            announce(task, config, device, terminal)
+            if writes:
+                require_writable(out)
+                held.enter_context(locked(out, out / "lock"))
+                remove_leftovers(out)
+            resumed = not dry_run and loop.load_state(out, state)
+            if not (resumed or skip_check):
+                distributed.from_first(lambda: check_data(task, config, terminal))
+        if dry_run:
+            try_one_batch(task, state, config, device, terminal)
+            return
+        if resumed and not loop.is_finished(state, config):
+            terminal.say(f"Going on in {out} at epoch {state.epoch + 1}, batch {state.batch + 1}.")
+        if writes:
+            write_atomic(out / "config.toml", to_toml(config).encode())
+        interrupted = train_and_show(task, state, config, out, device, terminal)
+        if interrupted is not None:
+            if first:
+                where = f"epoch {state.epoch + 1} after batch {state.batch}"
+                terminal.warn(f"Stopped in {where}. The same command goes on from there.")
+            raise typer.Exit(128 + interrupted if interrupted else 1)
+        if first:
+            report(out, config, state.history, task.score, terminal)
+
+
+def settled(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """The configuration with what depends on the machine filled in."""
+    from segcli.device import pick_precision
+    from segcli.training.setup import available_workers
+
+    workers = available_workers() if config.workers < 0 else config.workers
+    return dataclasses.replace(config, precision=pick_precision(config.precision, device), workers=workers)
+
+
+def announce(task: Task, config: TrainConfig, device: torch.device, terminal: Terminal) -> None:
+    """Say what will be trained on what."""
+    from segcli.device import describe
+    from segcli.training import distributed
+
+    for line in task.about:
+        terminal.say(line)
+    together = f"{distributed.processes()} processes, " if distributed.processes() > 1 else ""
+    terminal.say(f"On {together}{describe(device)}, in {config.precision}.")
+
+
+def train_and_show(
+    task: Task, state: State, config: TrainConfig, out: Path, device: torch.device, terminal: Terminal
+) -> int | None:
+    """Train with a live display and a record in the run folder.
+
+    Returns:
+        None at the end of the training; the signal that stopped it, or 0 if another process got that.
+    """
+    import multiprocessing
+
+    from segcli.inference.interrupts import Interrupts
+    from segcli.training import distributed, loop, record
+
+    first = distributed.rank() == 0
     events = record.Events(out, state.epoch) if first else None
     stop = threading.Event()
 
@@ -176,15 +216,7 @@ def run_training(
         finished = loop.train(loop.Training(task, state, config, out, device, watcher))
     if events is not None:
         events.close()
-    if not finished:
-        if first:
-            terminal.warn(
-                f"Stopped in epoch {state.epoch + 1} after batch {state.batch}. "
-                "The same command goes on from there."
-            )
-        raise typer.Exit(128 + interrupts.number if interrupts.number else 1)
-    if first:
-        report(out, config, state.history, task.score, terminal)
+    return None if finished else interrupts.number
 
 
 def check_run_folder(out: Path, config: TrainConfig, overwrite: bool) -> None:

@@ -19,20 +19,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
-import socket
-import time
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from segcli.errors import MachineError, UsageError
-from segcli.files import TEMPORARY_PREFIX, machine_errors, sha256, write_atomic
+from segcli.files import TEMPORARY_PREFIX, locked, machine_errors, remove_leftovers, sha256, write_atomic
 from segcli.inference.layout import LOCK_FILE, MANIFEST_FILE, PRODUCTS, RUN_FILE, RUN_FOLDER, file_of, mask_of
 from segcli.inference.sources import Input
 
@@ -194,14 +191,9 @@ def open_manifest(out: Path) -> Iterator[Manifest]:
         UsageError: Another process is writing to the folder.
         MachineError: The folder cannot be made or written to.
     """
-    folder = out / RUN_FOLDER
     if out.exists() and not out.is_dir():
         raise MachineError(f"cannot write to {out}: it is a file; choose a folder for --out")
-    with machine_errors(out, "write to"):
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK_FILE).open("a+")
-    with lock:
-        _lock(lock, out)
+    with locked(out, out / RUN_FOLDER / LOCK_FILE):
         if read_run(out).get("state") != "finished":
             remove_leftovers(out)
         manifest = Manifest(out)
@@ -209,32 +201,6 @@ def open_manifest(out: Path) -> Iterator[Manifest]:
             yield manifest
         finally:
             manifest.close()
-
-
-def _lock(lock: IO[str], out: Path) -> None:
-    """Take the lock; the system frees it when its process dies, however it dies."""
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.seek(0)
-        holder = lock.read().strip() or "another process"
-        raise UsageError(f"{out} is in use by {holder}; wait for it, or choose another --out") from None
-    except OSError:
-        return  # a file system without locks
-    lock.seek(0)
-    lock.truncate()
-    lock.write(
-        f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
-    )
-    lock.flush()
-
-
-def remove_leftovers(out: Path) -> None:
-    """Delete the temporary files of a run that was killed."""
-    for folder, _, names in os.walk(out):
-        for name in names:
-            if name.startswith(TEMPORARY_PREFIX):
-                os.unlink(os.path.join(folder, name))
 
 
 def read_run(out: Path) -> dict[str, Any]:

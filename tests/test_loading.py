@@ -1,0 +1,129 @@
+"""Loading samples: every fault is named, no process is left behind, and memory does not grow."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from processes import Process, _members, wait_until
+from training_runs import REGISTER_TINY, TINY, make_shapes
+
+from segcli.data.loading import SegmentationSamples, batches, loader
+from segcli.data.sets import open_data
+from segcli.data.transforms import Augmentation, training_transform
+from segcli.errors import ImageError, MachineError
+from segcli.models.preprocessing import Preprocessing
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def shapes(tmp_path: Path) -> Path:
+    return make_shapes(tmp_path / "shapes")
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left() -> Iterator[None]:
+    yield
+    gc.collect()
+    assert not multiprocessing.active_children()
+
+
+def samples(root: Path) -> SegmentationSamples:
+    transform = training_transform(Augmentation(crop=(48, 48), jitter=0), (0, 0, 0))
+    return SegmentationSamples(open_data(root, "train"), transform, Preprocessing())
+
+
+def resident(process: int | str = "self") -> int:
+    """Bytes of memory of a process that are its own."""
+    _, all_pages, shared, *_ = map(int, Path(f"/proc/{process}/statm").read_text().split())
+    return (all_pages - shared) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_batches_are_tensors_of_one_size(shapes: Path) -> None:
+    for workers in (0, 2):
+        loaded = list(loader(samples(shapes), batches(8, 4, 0, 0), workers, pin=False))
+        assert [(i.shape, i.dtype) for i, _ in loaded] == [((4, 3, 48, 48), torch.uint8)] * 2
+        assert [(t.shape, t.dtype) for _, t in loaded] == [((4, 48, 48), torch.uint8)] * 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_file_is_named_in_one_line(shapes: Path, workers: int) -> None:
+    image = shapes / "train/images/5.png"
+    image.write_bytes(image.read_bytes()[:200])
+    with pytest.raises(ImageError, match=r"images/5\.png: ") as error:
+        list(loader(samples(shapes), batches(8, 4, 0, 0), workers, pin=False))
+    assert "\n" not in str(error.value)
+    Image.new("RGB", (64, 60)).save(image)
+    with pytest.raises(ImageError, match=r"masks/5\.png is of another size than .*images/5\.png"):
+        list(loader(samples(shapes), batches(8, 4, 0, 0), workers, pin=False))
+
+
+def test_a_loading_process_that_dies_is_said(shapes: Path) -> None:
+    loading = loader(samples(shapes), [[(0, 1)]] * 100, 1, pin=False)
+    next(loading)
+    (worker,) = multiprocessing.active_children()
+    worker.kill()
+    with pytest.raises(MachineError, match="a process that loads images died"):
+        list(loading)
+
+
+def test_memory_does_not_grow_within_an_epoch(shapes: Path) -> None:
+    loading = loader(samples(shapes), [[(number % 8, number)] for number in range(900)], 1, pin=False)
+    sizes = []
+    for number, _ in enumerate(loading):
+        if number in (300, 850):
+            (worker,) = multiprocessing.active_children()
+            sizes.append((resident(), resident(worker.pid or 0)))
+    for early, late in zip(*sizes, strict=True):
+        assert late - early < 4 * MIB
+
+
+def test_memory_and_files_do_not_grow_over_epochs(shapes: Path) -> None:
+    data, sizes, files = samples(shapes), [], []
+    for epoch in range(16):
+        for _ in loader(data, batches(8, 4, 0, epoch), 1, pin=False):
+            pass
+        gc.collect()
+        sizes.append(resident())
+        files.append(len(list(Path("/proc/self/fd").iterdir())))
+    assert sizes[-1] - sizes[3] < 4 * MIB
+    assert files[-1] == files[3]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_whole_group_leaves_no_process_and_a_checkpoint(
+    tmp_path: Path, shapes: Path, number: signal.Signals
+) -> None:
+    """As Ctrl-C in a terminal does it: the processes that load images get it, too."""
+    arguments = ["--data", shapes, "--out", "run", *TINY, "--epochs", "10000", "--workers", "2"]
+    process = Process("train", *arguments, folder=tmp_path, before=REGISTER_TINY)
+    wait_until(lambda: (tmp_path / "run/checkpoint.pt").exists())
+    before = (tmp_path / "run/checkpoint.pt").stat().st_mtime_ns
+    os.killpg(process.pid, number)
+    assert process.wait() == 128 + number
+    assert process.group_is_gone()
+    assert process.errors.count("\n") == 2
+    assert "The same command goes on from there." in process.errors
+    assert (tmp_path / "run/checkpoint.pt").stat().st_mtime_ns > before
+
+
+def test_a_second_signal_ends_at_once(tmp_path: Path, shapes: Path) -> None:
+    slow = (
+        "\nimport segcli.training.loop as loop\nloop.train_step = lambda *_: [None for _ in iter(int, 1)]\n"
+    )
+    arguments = ["--data", shapes, "--out", "run", *TINY, "--workers", "2"]
+    process = Process("train", *arguments, folder=tmp_path, before=REGISTER_TINY + slow)
+    wait_until(lambda: (tmp_path / "run/config.toml").exists() and len(_members(process.pid)) == 3)
+    process.send(signal.SIGINT)
+    wait_until(lambda: "Stopping" in process.errors)
+    process.send(signal.SIGINT)
+    assert process.wait() == 130
+    wait_until(process.group_is_gone, seconds=5)
