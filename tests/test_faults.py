@@ -809,12 +809,12 @@ start = segmentation.Segmenter.__init__
 def init(self, *arguments, **options):
     start(self, *arguments, **options)
     self.batch_size = 8
-    network = self.network
+    features = self.network.features
     def limited(images):
         if len(images) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return network(images)
-    self.network = limited
+        return features(images)
+    self.network.features = limited
 segmentation.Segmenter.__init__ = init
 """
 

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -25,7 +26,7 @@ from segcli.inference.decoders import Decoded
 from segcli.inference.products import encode_products
 from segcli.inference.tta import TTA, average
 from segcli.models.checkpoint import Model
-from segcli.models.preprocessing import to_tensor
+from segcli.models.preprocessing import network_size, to_tensor
 from segcli.models.windowed import windowed
 
 # PyTorch's CPU library keeps compiled code for every size of image it has seen: 1024 pieces, about 400 MB on
@@ -90,20 +91,16 @@ class Segmenter:
         for batch in self._batches(pictures):
             start = time.perf_counter()
             with torch.inference_mode():
-                scores = self.scores([tensor for _, tensor in batch])
-                results = [
-                    self._result(picture, (tensor.shape[2], tensor.shape[3]), found)
-                    for (picture, tensor), found in zip(batch, scores, strict=True)
-                ]
+                scores = self.scores([_pixels(picture) for picture in batch])
+                results = [self._result(picture, found) for picture, found in zip(batch, scores, strict=True)]
             milliseconds = (time.perf_counter() - start) * 1e3 / len(batch)
-            for (picture, _), result in zip(batch, results, strict=True):
+            for picture, result in zip(batch, results, strict=True):
                 picture.milliseconds += milliseconds
                 yield picture, result
 
     def encode(self, picture: Decoded, result: Segmentation) -> tuple[dict[str, bytes], dict[str, float]]:
         """The files of a picture by kind, and the share of every class that occurs in it."""
-        assert picture.pixels is not None
-        files = encode_products(picture.pixels, result, self.classes, self.kinds, self.opacity, self.second)
+        files = encode_products(_pixels(picture), result, self.classes, self.kinds, self.opacity, self.second)
         counts = np.bincount(result.labels.ravel(), minlength=len(self.classes))
         total = result.labels.size
         shares = {
@@ -113,59 +110,63 @@ class Segmenter:
         }
         return files, shares
 
-    def _batches(self, pictures: Iterator[Decoded]) -> Iterator[list[tuple[Decoded, Tensor]]]:
+    def _batches(self, pictures: Iterator[Decoded]) -> Iterator[list[Decoded]]:
         """Pictures that the network sees at one size, together; large ones alone."""
-        waiting: dict[tuple[int, ...], list[tuple[Decoded, Tensor]]] = {}
+        waiting: dict[tuple[int, int], list[Decoded]] = {}
         for picture in pictures:
-            assert picture.pixels is not None
-            tensor = to_tensor(picture.pixels, self.preprocessing)
             if picture.room:  # it occupies much memory, so it does not wait for others
-                yield [(picture, tensor)]
+                yield [picture]
                 continue
-            group = waiting.setdefault(tuple(tensor.shape), [])
-            group.append((picture, tensor))
+            size = self._seen(picture)
+            group = waiting.setdefault(size, [])
+            group.append(picture)
             if len(group) >= self.batch_size:
-                yield waiting.pop(tuple(tensor.shape))
+                yield waiting.pop(size)
             elif sum(map(len, waiting.values())) >= 4 * self.batch_size:
-                yield waiting.pop(max(waiting, key=lambda shape: len(waiting[shape])))
+                yield waiting.pop(max(waiting, key=lambda size: len(waiting[size])))
         yield from waiting.values()
 
-    def scores(self, tensors: Sequence[Tensor]) -> list[Tensor | ImageError]:
-        """Scores (C, h, w) of inputs (1, 3, h, w) of one size; halves the batch when memory runs out.
+    def _seen(self, picture: Decoded) -> tuple[int, int]:
+        """The size (H, W) at which the network sees a picture."""
+        height, width = _pixels(picture).shape[:2]
+        return network_size(height, width, self.preprocessing)
+
+    def scores(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Tensor | ImageError]:
+        """Scores (C, h, w) of images that the network sees at one size; fewer at a time when memory runs out.
 
         Where there is a lattice they are the network's finest scores, at its own stride.
         """
-        problem = ""
         try:
-            images = torch.cat(list(tensors)).to(self.device)
-            if self.lattice:
-                return list(self.network.score_pyramid(images)[-1])
-            return list(average(self.network, images, self.variants, self.heads))
-        except (RuntimeError, MemoryError) as error:
-            problem = str(error)
+            return self._computed(images)
+        except (RuntimeError, MemoryError, cv2.error) as error:
+            problem = first_line(error)
             short_of_memory = is_out_of_memory(error)
         # Out of the except block the memory of the failed attempt is free.
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        if len(tensors) == 1:
-            height, width = tensors[0].shape[-2:]
+        if len(images) == 1:
+            height, width = network_size(images[0].shape[0], images[0].shape[1], self.preprocessing)
             if short_of_memory:
                 reason = f"there is not enough memory to compute {width} x {height} pixels; try --size 500"
             else:
-                reason = f"the network cannot compute {width} x {height} pixels: {problem.splitlines()[0]}"
+                reason = f"the network cannot compute {width} x {height} pixels: {problem}"
             return [ImageError(reason)]
-        half = len(tensors) // 2
+        half = len(images) // 2
         if short_of_memory:
             self.batch_size = max(1, min(self.batch_size, half))
-        return self.scores(tensors[:half]) + self.scores(tensors[half:])
+        return self.scores(images[:half]) + self.scores(images[half:])
 
-    def _result(
-        self, picture: Decoded, seen: tuple[int, int], scores: Tensor | ImageError
-    ) -> Segmentation | ImageError:
+    def _computed(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Tensor | ImageError]:
+        batch = torch.cat([to_tensor(image, self.preprocessing) for image in images]).to(self.device)
+        if self.lattice:
+            return list(self.network.score_pyramid(batch)[-1])
+        return list(average(self.network, batch, self.variants, self.heads))
+
+    def _result(self, picture: Decoded, scores: Tensor | ImageError) -> Segmentation | ImageError:
         if isinstance(scores, ImageError):
             return scores
-        assert picture.pixels is not None
-        height, width = picture.pixels.shape[:2]
+        height, width = _pixels(picture).shape[:2]
+        seen = self._seen(picture)
         try:
             first, *others = torch.split(scores, self.heads)
             result = self._classified(first, seen, (height, width))
@@ -175,9 +176,9 @@ class Segmenter:
         except ImageError as error:
             return error
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            return ImageError(f"there is not enough memory for results of {width} x {height} pixels")
+            if is_out_of_memory(error):
+                return ImageError(f"there is not enough memory for results of {width} x {height} pixels")
+            return ImageError(f"its scores cannot be turned into classes: {first_line(error)}")
 
     def _classified(self, scores: Tensor, seen: tuple[int, int], size: tuple[int, int]) -> Segmentation:
         """What one head says."""
@@ -185,6 +186,11 @@ class Segmenter:
             check_finite(scores)
             return Segmentation(labels_from_coarse(scores, self.lattice, seen, size))
         return classify(scores, size, "confidence" in self.kinds, "scores" in self.kinds)
+
+
+def _pixels(picture: Decoded) -> npt.NDArray[np.uint8]:
+    assert picture.pixels is not None, "the engine hands on what could be decoded"
+    return picture.pixels
 
 
 def classify(
@@ -248,8 +254,15 @@ def resized_rows(scores: Tensor, size: tuple[int, int], rows: slice) -> Tensor:
     return F.interpolate(mixed[None], size_of_band, mode="bilinear", align_corners=False)[0]
 
 
+def first_line(error: BaseException) -> str:
+    """An error in one line: PyTorch's go on with advice to its developers."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a computation failed for want of memory: on a GPU, or in PyTorch's CPU allocator."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return "out of memory" in str(error) or "can't allocate memory" in str(error)
+    return any(
+        words in str(error).lower() for words in ("out of memory", "allocate memory", "insufficient memory")
+    )
