@@ -85,7 +85,7 @@ def test_a_folder_becomes_masks_and_overlays(capsys: pytest.CaptureFixture[str])
     assert said.out == ""
     assert "Segmenting 2 images with small (21 classes) on cpu" in said.err
     assert "2 images in" in said.err
-    assert "2 done. Results are in masks." in said.err
+    assert "2 done. Results are in masks, overlays in masks/_overlay." in said.err
 
 
 def test_the_manifest_says_what_became_of_every_file() -> None:

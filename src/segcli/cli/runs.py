@@ -158,11 +158,10 @@ def report(task: Task[Any], progress: Progress, seconds: float, terminal: Termin
         raise UsageError("the list of files is empty")
 
     if shares:
-        rows = [(name, f"{share:.1%}") for name, share in list(shares.items())[:SHOWN_CLASSES]]
+        largest = dict(progress.pixels.most_common(SHOWN_CLASSES))
+        rows = [(name, percent(count / pixels)) for name, count in largest.items()]
         if len(shares) > len(rows):
-            rows.append(
-                (f"{len(shares) - len(rows)} more", f"{1 - sum(list(shares.values())[:SHOWN_CLASSES]):.1%}")
-            )
+            rows.append((f"{len(shares) - len(rows)} more", percent(1 - sum(largest.values()) / pixels)))
         terminal.table(["Class", "of all pixels"], rows)
     if passed_over := progress.passed_over.describe():
         terminal.say(f"Not taken as {noun}s: {passed_over}.")
@@ -170,13 +169,19 @@ def report(task: Task[Any], progress: Progress, seconds: float, terminal: Termin
     counts += [f"{progress.skipped:,} done before"] if progress.skipped else []
     counts += [f"{progress.failed:,} failed"] if progress.failed else []
     inputs = f"{progress.inputs:,} {noun}" + ("" if progress.inputs == 1 else "s")
-    terminal.say(f"{inputs} in {seconds:.1f} s: {', '.join(counts)}. Results are in {task.out}.")
+    where = f"{task.out}, overlays in {task.out / '_overlay'}" if "overlay" in task.kinds else str(task.out)
+    terminal.say(f"{inputs} in {seconds:.1f} s: {', '.join(counts)}. Results are in {where}.")
     if progress.failed:
         for source, reason in progress.failures:
             terminal.warn(f"  {one_line(source)}: {one_line(reason)}")
         if progress.failed > len(progress.failures):
             terminal.warn(f"  and {progress.failed - len(progress.failures):,} more, see {manifest}")
         raise typer.Exit(1)
+
+
+def percent(share: float) -> str:
+    """A share of 1 with one decimal; what is there never reads as nothing."""
+    return "< 0.1%" if 0 < share < 0.0005 else f"{share:.1%}"
 
 
 def one_line(text: str) -> str:
