@@ -156,7 +156,8 @@ def open_data(name_or_path: str | Path, split: str, root: Path | None = None) ->
         raise UsageError(f"split {split} of {folder} has no image with a label")
     coding = layout.coding(folder)
     unpaired = tuple(dict.fromkeys(path for part in parts.values() for path in part.unpaired))
-    name = str(name_or_path) if str(name_or_path) in KNOWN else (folder.stem or folder.resolve().name)
+    place = folder.parent if folder.name == "dataset.toml" else folder
+    name = str(name_or_path) if str(name_or_path) in KNOWN else (place.stem or place.resolve().name)
     return DataSet(name, coding.class_set, folder, split, samples, coding.ids, coding.colors, unpaired)
 
 
