@@ -122,6 +122,13 @@ loop.save_state = noting
 """
 
 
+def wait_for(seconds: float) -> None:
+    """Without sleeping, which is coarser."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+
+
 CUT_OFF: list[bool] = []  # whether a kill came while a file was being written
 
 
@@ -133,9 +140,10 @@ def test_25_killed_while_saving(shapes: Path, tmp_path: Path, number: int) -> No
         process = train(tmp_path, shapes, *options, before=SAVE_ALWAYS)
         saved = tmp_path / "saved"
         wait_until(lambda: saved.exists() and saved.stat().st_size > 0)
-        end = time.monotonic() + random.Random(number).uniform(0, 0.5)
-        while time.monotonic() < end:
-            pass
+        chance = random.Random(number)
+        wait_for(chance.uniform(0, 0.3))
+        wait_until(lambda: any((tmp_path / "run").glob(".segcli-*")))
+        wait_for(chance.uniform(0, 0.01))
         process.kill_group()
         assert process.wait() == -signal.SIGKILL
         epoch, batch = map(int, saved.read_text().splitlines()[-1].split())

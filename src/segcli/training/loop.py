@@ -37,6 +37,7 @@ from segcli.training.validation import GoOn
 
 CHECKPOINT, BEST, LAST, LOG = "checkpoint.pt", "best.safetensors", "last.safetensors", "log.jsonl"
 SAMPLES = "samples"
+SAMPLE_QUALITY = 80  # of their JPEGs
 SAVING_SHARE = 0.1  # of the time, at most, goes into checkpoints
 SECONDS_BETWEEN = 60.0  # between checkpoints within an epoch, at least
 SMALLEST_SCALE = 2.0**-24  # of fp16 gradients; below, they overflow at any scale
@@ -307,7 +308,7 @@ def finish_epoch(training: Training, started: float) -> dict[str, Any] | None:
                 task.save(folder / BEST, state.result, record)
         if validation.picture is not None:
             picture = folder / SAMPLES / f"epoch_{state.epoch + 1:03}.jpg"
-            write_atomic(picture, encode_jpeg(validation.picture))
+            write_atomic(picture, encode_jpeg(validation.picture, SAMPLE_QUALITY))
     state.history.append(record)
     state.epoch += 1
     state.batch, state.loss_sum = 0, 0.0

@@ -26,7 +26,7 @@ def draw_curves(run: Path, history: Sequence[dict[str, Any]], score: str) -> boo
     left.plot(epochs, [record["loss"] for record in history], color="tab:blue")
     left.set(title="training loss", xlabel="epoch")
     middle.plot([r["epoch"] for r in scored], [100 * r[score] for r in scored], color="tab:green")
-    middle.set(title=f"validation {score.replace('_', ' ')} (%)", xlabel="epoch")
+    middle.set(title=f"validation {score.replace('_iou', ' IU')} (%)", xlabel="epoch")
     right.plot(epochs, [record["lr"] for record in history], color="tab:orange")
     right.set(title="learning rate", xlabel="epoch")
     for axis in (left, middle, right):
