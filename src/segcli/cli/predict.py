@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 Source = Annotated[
     Optional[list[str]],  # noqa: UP045
-    typer.Argument(help="Images, folders (with all sub-folders), quoted globs, or - for a list on stdin."),
+    typer.Argument(
+        metavar="SOURCE",
+        help="Images, folders (with all sub-folders), quoted globs, or - for a list on stdin.",
+    ),
 ]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the masks; it is made when missing.")]
 ListFile = Annotated[
@@ -103,9 +106,16 @@ def predict(
         loaded = load_model(model_file)
         picked = pick_device(device)
         images = "images" if progress.total is None else f"{progress.total:,} images"
+        images = "1 image" if progress.total == 1 else images
         classes = f"{len(loaded.info.class_set)} classes"
         terminal.say(f"Segmenting {images} with {model_file.stem} ({classes}) on {describe(picked)}.")
-        return Segmenter(loaded, picked, kinds, images_at_a_time, size, opacity, tta)
+        segmenter = Segmenter(loaded, picked, kinds, images_at_a_time, size, opacity, tta)
+        if verbose:
+            at_a_time = f"{segmenter.batch_size} at a time; workers that read: {task.workers}"
+            terminal.say(
+                f"Weights {loaded.sha256[:12]} of {model_file}; {at_a_time}; saving {', '.join(kinds)}."
+            )
+        return segmenter
 
     progress = Progress()
     task = Task(
