@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional, get_type_hints
 
 import typer
 
-from segcli.cli.downloading import get_model
+from segcli.cli.downloading import Downloading
 from segcli.cli.options import Device, Json, Quiet, Verbose
 from segcli.cli.terminal import Terminal
 from segcli.cli.train_display import Display, duration
@@ -130,9 +130,8 @@ def run_training(
             config = settled(config, device)
             if writes:
                 check_run_folder(out, config, overwrite)
-            if config.model:
-                get_model(config.model, terminal)  # a download is shown
-            task = make_task(config, device)
+            with Downloading(terminal) as watch:
+                task = make_task(config, device, watch)
             state = loop.new_state(task, config, device)
             announce(task, config, device, terminal)
             if writes:

@@ -31,7 +31,7 @@ class TrainConfig:
     model: str = option("", "Start from this model (name or file); new classes get new score layers.")
     encoder: str = option("mobilenet_v3_large", "Encoder of a new network: vgg16 or one of torchvision's.")
     stride: int = option(8, "8, 16 or 32: FCN-8s, FCN-16s or FCN-32s.")
-    network: str = option("", "Instead of --encoder and --stride, such as fcn8s-atonce or deeplabv3_resnet50.")
+    network: str = option("", "Instead of --encoder and --stride, e.g. fcn8s-atonce or deeplabv3_resnet50.")
     encoder_weights: str = option("none", "Start of the encoder: none, imagenet (torchvision's), or a file.")
     preprocessing: str = option(
         "auto", "How pixels become numbers: imagenet, caffe, or auto: as the starting weights want it."

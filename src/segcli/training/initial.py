@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from segcli.downloads import by_hand, cache_folder, download, is_offline, mismatch, only_one
+from segcli.downloads import SILENT, Watch, by_hand, cache_folder, download, is_offline, mismatch, only_one
 from segcli.errors import CheckpointError, MachineError, UsageError
 from segcli.models.caffe import read_caffemodel
 from segcli.models.checkpoint import Model, fill
@@ -48,8 +48,13 @@ class Start:
     about: str
 
 
-def starting_network(config: TrainConfig, classes: ClassSet) -> Start:
+def starting_network(config: TrainConfig, classes: ClassSet, watch: Watch = SILENT) -> Start:
     """A new network, with the encoder or the model that the configuration starts from.
+
+    Args:
+        config: Says which network, and what it starts from.
+        classes: What it will tell apart.
+        watch: Hears of downloads.
 
     Raises:
         UsageError: There is no such network, encoder or model, or the options contradict each other.
@@ -60,7 +65,7 @@ def starting_network(config: TrainConfig, classes: ClassSet) -> Start:
         raise UsageError("--model brings its encoder; leave --encoder-weights out")
     preprocessing = PREPROCESSINGS["imagenet"]
     if config.model:
-        model = open_model(config.model)
+        model = open_model(config.model, watch=watch)
         name = config.network or model.info.network
         network = get(name, len(classes))
         about = take_over(network, name, model, config.model, classes)
@@ -71,7 +76,7 @@ def starting_network(config: TrainConfig, classes: ClassSet) -> Start:
         network = get(name, len(classes))
         about = f"starts from random weights (seed {config.seed})"
         if config.encoder_weights != "none":
-            preprocessing = PREPROCESSINGS[start_encoder(network, name, config.encoder_weights)]
+            preprocessing = PREPROCESSINGS[start_encoder(network, name, config.encoder_weights, watch)]
             about = f"its encoder starts from {config.encoder_weights}"
     if config.preprocessing != "auto":
         preprocessing = PREPROCESSINGS[config.preprocessing]
@@ -129,7 +134,7 @@ def scoring_layers(name: str) -> set[str]:
     return {key for key, value in one.items() if value.shape != other[key].shape}
 
 
-def start_encoder(network: Network, name: str, source: str) -> str:
+def start_encoder(network: Network, name: str, source: str, watch: Watch = SILENT) -> str:
     """Give the encoder of a network its first weights.
 
     Args:
@@ -137,6 +142,7 @@ def start_encoder(network: Network, name: str, source: str) -> str:
         name: Its key in `NETWORKS`.
         source: `imagenet` for torchvision's; or a file: a classifier that `segcli train --task classify`
             made, a model of segcli, a state dict of torchvision's classifier, a caffemodel of VGG16.
+        watch: Hears of downloads.
 
     Returns:
         The key of `PREPROCESSINGS` that these weights were trained with.
@@ -151,7 +157,7 @@ def start_encoder(network: Network, name: str, source: str) -> str:
         raise UsageError(f"--encoder-weights does not go with {name}; start from a --model instead")
     if distributed.rank() != 0:  # DistributedDataParallel gives all processes what the first one has
         return "caffe" if source.endswith(".caffemodel") else "imagenet"
-    path = imagenet_file(encoder) if source == "imagenet" else Path(source)
+    path = imagenet_file(encoder, watch) if source == "imagenet" else Path(source)
     state = read_weights(path)
     if isinstance(network, VGG16FCN) and "features.0.weight" in state:
         try:
@@ -220,7 +226,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} cannot be read ({reason}); get the file again") from error
 
 
-def imagenet_file(encoder: str) -> Path:
+def imagenet_file(encoder: str, watch: Watch) -> Path:
     """torchvision's classifier for ImageNet, from the cache, or downloaded into it.
 
     Raises:
@@ -233,7 +239,7 @@ def imagenet_file(encoder: str) -> Path:
     address: str = get_model_weights(encoder).DEFAULT.url
     target = cache_folder() / "downloads" / address.rpartition("/")[2]
     checksum = f"sha256:{target.stem.rpartition('-')[2]}"  # torchvision's names end in its first digits
-    with only_one(target):
+    with only_one(target, watch):
         if target.is_file() and mismatch(target, checksum) is None:
             return target
         if is_offline():
@@ -241,7 +247,8 @@ def imagenet_file(encoder: str) -> Path:
                 f"{target.name} is not here, and SEGCLI_OFFLINE forbids the network\n"
                 f"{by_hand((address,), target)}, or give --encoder-weights FILE"
             )
-        download((address,), target, checksum)
+        watch.say(f"downloading {target.name}, torchvision's {encoder} for ImageNet")
+        download((address,), target, checksum, watch)
     return target
 
 

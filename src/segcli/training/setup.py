@@ -22,6 +22,7 @@ from segcli.data.loading import ClassificationSamples, SegmentationSamples
 from segcli.data.sets import DataSet, open_data
 from segcli.data.transforms import Augmentation, classifier_transform, training_transform
 from segcli.data.verify import Finding, check
+from segcli.downloads import SILENT, Watch
 from segcli.errors import ImageError, UsageError
 from segcli.files import write_atomic
 from segcli.images import read_image
@@ -45,8 +46,13 @@ def available_workers() -> int:
     return max(1, cores // distributed.processes_here() - 1)
 
 
-def make_task(config: TrainConfig, device: torch.device) -> Task:
+def make_task(config: TrainConfig, device: torch.device, watch: Watch = SILENT) -> Task:
     """What `config.task` names, with its data opened and its network initialised from the seed.
+
+    Args:
+        config: What is wanted.
+        device: Where it will be trained.
+        watch: Hears of downloads.
 
     Raises:
         UsageError: The options do not fit each other, or the data.
@@ -55,9 +61,10 @@ def make_task(config: TrainConfig, device: torch.device) -> Task:
     if not config.data:
         raise UsageError("--data is missing: a data set's name (see `segcli data list`), or a folder")
     torch.manual_seed(config.seed)
-    task = (
-        segmentation_task(config, device) if config.task == "segment" else classification_task(config, device)
-    )
+    if config.task == "segment":
+        task = segmentation_task(config, device, watch)
+    else:
+        task = classification_task(config, device)
     shares = distributed.processes() * config.accumulate
     if config.batch_size % shares:
         raise UsageError(
@@ -78,12 +85,12 @@ def augmentation(config: TrainConfig) -> Augmentation:
     return Augmentation(**{name: getattr(config, name) for name in names})
 
 
-def segmentation_task(config: TrainConfig, device: torch.device) -> Task:
+def segmentation_task(config: TrainConfig, device: torch.device, watch: Watch) -> Task:
     """An FCN on a data set with label maps."""
     root = Path(config.root) if config.root else None
     train_set = open_data(config.data, config.train_split, root)
     val_set = open_data(config.data, config.val_split, root) if config.val_split else None
-    start = starting_network(config, train_set.class_set)
+    start = starting_network(config, train_set.class_set, watch)
     info = ModelInfo(
         network=start.name,
         class_set=train_set.class_set,
