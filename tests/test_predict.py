@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
+from processes import wait_until
 from small_model import picture, save_picture, small_model
 
 from segcli.cli import main
@@ -293,6 +295,24 @@ def test_files_globs_lists_and_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"in/a.jpg\0in/sub/c.jpg\0")))
     assert predict("-", "--out", "piped") == 0
     assert tree("piped") == tree("list")
+
+
+def test_it_can_be_stopped_while_it_waits_for_paths() -> None:
+    save_picture(Path("in/a.jpg"))
+    command = [sys.executable, "-m", "segcli", "predict", "-", "-m", str(small_model()), "--workers", "0"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        assert process.stderr is not None
+        process.stdin.write(b"gone.jpg\n")  # and no end
+        process.stdin.flush()
+        wait_until(lambda: Path("masks/_run/manifest.jsonl").exists() and bool(lines()))
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+        said = process.stderr.read().decode()
+    assert process.returncode == 130, said
+    assert said.splitlines()[-1] == "Stopped: 0 images are done. The same command goes on from here."
+    assert "Traceback" not in said
+    assert "Fatal" not in said
 
 
 def test_the_same_bytes_whatever_the_batch_size_workers_and_order() -> None:

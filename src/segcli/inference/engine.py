@@ -171,7 +171,7 @@ def _process(
     finally:
         stop.set()
         for thread in threads:
-            thread.join(timeout=5)  # one that waits for input from a terminal is left behind
+            thread.join(timeout=2)  # one that waits for paths on stdin is left behind
     if book.error is not None:
         raise book.error
 

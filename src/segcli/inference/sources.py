@@ -306,17 +306,17 @@ def _names_in(folder: str, suffixes: frozenset[str]) -> dict[str, str]:
 def _listed(path: str) -> Iterator[str]:
     """The paths of a list: separated by NUL if it holds one, else by newlines; "-" is stdin."""
     if path == "-":
-        yield from _split(sys.stdin.buffer)
+        # Unbuffered: a thread that waits in the buffer would not let Python end.
+        yield from _split(getattr(sys.stdin.buffer, "raw", sys.stdin.buffer))
     else:
         with open(path, "rb") as file:
             yield from _split(file)
 
 
 def _split(stream: BinaryIO) -> Iterator[str]:
-    read = getattr(stream, "read1", stream.read)
     rest = b""
     separator = b""
-    while chunk := read(1 << 16):
+    while chunk := stream.read(1 << 16):
         rest += chunk
         if not separator:
             separator = b"\0" if b"\0" in rest else b"\n" if b"\n" in rest else b""
