@@ -412,6 +412,17 @@ def test_other_options_in_the_same_folder_are_refused(
     assert run("--data", shapes, "--out", undisturbed, *automatic, "--epochs", "2") in (0, 2)  # 2: it is bf16
 
 
+def test_without_validation_the_last_epoch_is_the_result(
+    shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loud = [word for word in TINY if word != "--quiet"]
+    assert run("--data", shapes, "--out", tmp_path, *loud, "--val-split", "") == 0
+    assert f"--model {tmp_path / 'last.safetensors'}" in capsys.readouterr().err
+    assert not (tmp_path / "best.safetensors").exists()
+    assert not (tmp_path / "samples").exists()
+    assert read_info(tmp_path / "last.safetensors").metrics == {}
+
+
 def test_two_trainings_do_not_share_a_folder(
     shapes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
