@@ -137,10 +137,31 @@ DAMAGES: tuple[Callable[[bytes, random.Random], bytes], ...] = (
 )  # fmt: skip
 
 
-def broken_files(count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:
+def good_masks() -> dict[str, bytes]:
+    """File name -> content of class maps, in every format that holds them."""
+    ids = np.asarray(Image.fromarray(picture(*SIZE, seed=1)).convert("L").resize((48, 32))) // 13
+    palette = Image.fromarray(ids)
+    palette.putpalette(list(range(256)) * 3)
+    array = io.BytesIO()
+    np.save(array, ids.astype(np.int64))
+    return {
+        "palette.png": encoded(palette, "PNG"),
+        "grey.png": encoded(Image.fromarray(ids), "PNG"),
+        "deep.png": encoded(Image.fromarray(ids.astype(np.uint16)), "PNG"),
+        "grey.tif": encoded(Image.fromarray(ids), "TIFF", compression="tiff_lzw"),
+        "palette.bmp": encoded(palette, "BMP"),
+        "palette.gif": encoded(palette, "GIF"),
+        "grey.pgm": encoded(Image.fromarray(ids), "PPM"),
+        "array.npy": array.getvalue(),
+    }
+
+
+def broken_files(
+    count: int, seed: int = 0, good: Callable[[], dict[str, bytes]] = good_files
+) -> Iterator[tuple[str, bytes]]:
     """Names and contents of damaged files, of every format in turn; some of them can still be read."""
     dice = random.Random(seed)
-    originals = sorted(good_files().items())
+    originals = sorted(good().items())
     for number in range(count):
         name, data = originals[number % len(originals)]
         damage = dice.choice(DAMAGES)

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from corpus import ORIENTATION, bombs, broken_files, good_files
+from corpus import ORIENTATION, bombs, broken_files, good_files, good_masks
 from PIL import Image
 from processes import Process, run, wait_until
 from small_model import picture, save_picture, small_model
@@ -586,8 +586,8 @@ def test_12_no_two_inputs_share_an_output(tmp_path: Path) -> None:
                 stem = dice.choice(["a", "A", "b", "a.png", "_overlay", "é", "e\u0301"])
                 suffix = dice.choice([".png", ".PNG", ".bmp", ".png.bmp"])
                 path = folder / "in" / dice.choice(["", "x", "X", "_overlay", "a.png"]) / (stem + suffix)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                if not path.exists():
+                if not path.exists() and not path.parent.is_file():
+                    path.parent.mkdir(parents=True, exist_ok=True)
                     data = io.BytesIO()
                     Image.fromarray(picture(16, 24, seed)).save(data, "PNG")
                     path.write_bytes(data.getvalue())
@@ -756,7 +756,9 @@ def test_16_inputs_that_change_during_the_run(tmp_path: Path) -> None:
             for path in paths:
                 path.write_bytes(contents[0])
             process = Process("predict", "in", *model(), "--workers", 1, folder=folder)
-            wait_for_files(process, folder / "masks", 4)  # the record, and one mask or overlay
+            # Once there is a mask the folder has been listed, so what is deleted now was an input.
+            out = folder / "masks"
+            wait_until(lambda out=out: any(out.glob("[0-9]*.png")) or process.group_is_gone())
             victims = dice.sample(paths, 12)
             for victim in victims:
                 fate = dice.choice(["delete", "replace", "grow", "shrink"])
@@ -851,3 +853,75 @@ def test_23_batches_workers_and_order(
         code, errors = run("predict", *files, *model(), *options, folder=tmp_path)
         assert code == 0, errors
         assert tree(tmp_path / "masks") == tree(twelve / "masks")
+
+
+# ---- 28: the same for colorize ----
+
+
+def colorize(folder: Path, *arguments: object) -> tuple[int, str]:
+    return run("colorize", "in", *arguments, folder=folder)
+
+
+def test_28_colorize_reports_broken_masks(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    count = tries(1000, 40)
+    for name, data in broken_files(count, 28, good_masks):
+        (tmp_path / "in" / name).write_bytes(data)
+    code, errors = colorize(tmp_path, "--out", "out", "--workers", 2)
+    assert code == 1
+    assert_clean(errors)
+    lines = manifest(tmp_path / "out")
+    assert len(lines) == count
+    for line in lines.values():
+        with Row("28 colorize: broken masks"):
+            assert line["status"] == "done" or line["reason"]
+            if line["status"] == "done":
+                with Image.open(tmp_path / "out" / line["output"]) as image:
+                    image.load()
+                    assert (image.mode, image.size) == ("RGB", (line["width"], line["height"]))
+    assert any(line["status"] == "done" for line in lines.values())
+
+
+def test_28_colorize_on_a_full_disk(twelve: Path, tmp_path: Path, disk: Path) -> None:
+    shutil.copytree(twelve / "masks", tmp_path / "in", ignore=shutil.ignore_patterns("_*"))
+    assert colorize(tmp_path, "--out", "out")[0] == 0
+    clean = tree(tmp_path / "out")
+    needed = sum(map(len, clean.values()))
+    count = tries(10, 1)
+    for number in range(count):
+        with Row("28 colorize: a full disk"):
+            out = disk / f"out{number}"
+            remount(disk, f"size={12 * 1024 + needed * number // (2 * count)}")
+            code, errors = colorize(tmp_path, "--out", out)
+            assert code == 3, errors
+            assert "No space left on device" in errors
+            assert_clean(errors)
+            good = {name: data for name, data in tree(out).items() if ".segcli-" not in name}
+            assert good.items() <= clean.items()
+            remount(disk, "size=64m")
+            assert colorize(tmp_path, "--out", out)[0] == 0
+            assert tree(out) == clean
+            shutil.rmtree(out)
+
+
+def test_28_colorize_killed_and_run_again(twelve: Path, tmp_path: Path) -> None:
+    shutil.copytree(twelve / "masks", tmp_path / "in", ignore=shutil.ignore_patterns("_*"))
+    assert colorize(tmp_path, "--out", "whole")[0] == 0
+    clean = tree(tmp_path / "whole")
+    out = tmp_path / "out"
+    dice = random.Random(28)
+    for _ in range(tries(100, 3)):
+        with Row("28 colorize: kill -9 at a random moment"):
+            process = Process("colorize", "in", "--out", "out", "--workers", 1, folder=tmp_path)
+            wait_for_files(process, out, len(list(out.rglob("*.*"))) + dice.randrange(1, 6))
+            if not process.group_is_gone():
+                process.kill_group()
+            process.wait()
+            wait_until(process.group_is_gone)
+            partial = {name: data for name, data in tree(out).items() if ".segcli-" not in name}
+            assert partial.items() <= clean.items()
+        if partial == clean:
+            shutil.rmtree(out)
+    assert colorize(tmp_path, "--out", "out")[0] == 0
+    assert tree(out) == clean
+    assert not list(out.rglob(".segcli-*"))
