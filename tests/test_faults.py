@@ -6,6 +6,7 @@ All inputs are made here, with fixed seeds; processes, signals, kills and full d
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import json
@@ -741,6 +742,10 @@ def test_15_a_hundred_thousand_files(tmp_path: Path) -> None:
 # ---- 16, 17: others at work ----
 
 
+def has_mask(out: Path) -> bool:
+    return any(out.glob("[0-9]*.png"))
+
+
 def test_16_inputs_that_change_during_the_run(tmp_path: Path) -> None:
     dice = random.Random(16)
     contents = {}
@@ -757,8 +762,7 @@ def test_16_inputs_that_change_during_the_run(tmp_path: Path) -> None:
                 path.write_bytes(contents[0])
             process = Process("predict", "in", *model(), "--workers", 1, folder=folder)
             # Once there is a mask the folder has been listed, so what is deleted now was an input.
-            out = folder / "masks"
-            wait_until(lambda out=out: any(out.glob("[0-9]*.png")) or process.group_is_gone())
+            wait_until(functools.partial(has_mask, folder / "masks"))
             victims = dice.sample(paths, 12)
             for victim in victims:
                 fate = dice.choice(["delete", "replace", "grow", "shrink"])
