@@ -158,7 +158,9 @@ def _process(
             if first is None:
                 return
             pictures = itertools.chain([first], pictures)
-        with interrupts.raising():
+        if stop.is_set():
+            return
+        with interrupts.getting_ready():
             work = task.start()  # while the first pictures are decoded
         book.progress.computing_since = time.monotonic()
         slots = threading.Semaphore(2 * task.writers)
@@ -166,8 +168,6 @@ def _process(
             for picture, result in work.compute(pictures):
                 slots.acquire()
                 writers.submit(_finish, work, picture, result, book, decoders, slots, stop)
-    except KeyboardInterrupt:
-        pass
     finally:
         stop.set()
         for thread in threads:

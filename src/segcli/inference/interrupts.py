@@ -34,7 +34,7 @@ class Interrupts:
         self._copies = copies
         self._announce = announce
         self._process = os.getpid()
-        self._raise = False
+        self._getting_ready = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -49,31 +49,36 @@ class Interrupts:
             signal.signal(number, handler)
 
     @contextlib.contextmanager
-    def raising(self) -> Iterator[None]:
-        """In this block a signal raises KeyboardInterrupt: for slow work that leaves nothing half done."""
-        self._raise = True
+    def getting_ready(self) -> Iterator[None]:
+        """In this block the first signal ends the process at once: the work in it leaves nothing half done.
+
+        An exception would not do: libraries in C swallow it, or turn it into another one.
+        """
+        self._getting_ready = True
         try:
-            if self.number:
-                raise KeyboardInterrupt
             yield
         finally:
-            self._raise = False
+            self._getting_ready = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a child that was forked just now and has no handler of its own yet
             return
         self._received += 1
-        if self._received > self._copies:
+        if self._getting_ready or self._received > self._copies:
             self._at_once()
-            if sys.stderr.isatty():
-                os.write(2, b"\x1b[?25h\n")  # the progress bar hides the cursor
-            os._exit(128 + self.number)
+            self._say(
+                "Stopped while getting ready. The same command goes on from here." * self._getting_ready
+            )
+            os._exit(128 + (self.number or number))
         if self.number:
             return
         self.number = number
         self._stop.set()
-        if self._raise:
-            raise KeyboardInterrupt
-        if self._announce:
-            start = b"\r\x1b[2K" if sys.stderr.isatty() else b""  # in place of the progress bar
-            os.write(2, start + b"Stopping after what is being computed now. Ctrl-C again stops at once.\n")
+        self._say("Stopping after what is being computed now. Ctrl-C again stops at once.")
+
+    def _say(self, text: str) -> None:
+        """Write a line past all buffers, in place of a progress bar, and give the cursor back."""
+        if sys.stderr.isatty():
+            os.write(2, b"\r\x1b[2K\x1b[?25h")
+        if text and self._announce:
+            os.write(2, text.encode() + b"\n")
