@@ -23,7 +23,7 @@ import segcli.cli, segcli.device, segcli.inference.engine, segcli.inference.segm
 torch.set_num_threads(1)  # no thread may exist before a fork
 
 def child(job):
-    os.setsid()
+    os.setpgid(0, 0)
     os.chdir(job["folder"])
     for number, name in ((1, job["stdout"]), (2, job["stderr"])):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
@@ -45,6 +45,10 @@ for line in sys.stdin:
         _, status = os.waitpid(job["wait"], 0)
         print(os.waitstatus_to_exitcode(status), flush=True)
     elif pid := os.fork():
+        try:
+            os.setpgid(pid, pid)  # whoever hears of it may kill the group
+        except OSError:
+            pass  # it has done so itself, and maybe has ended
         print(pid, flush=True)
     else:
         child(job)
@@ -108,22 +112,26 @@ class Process:
     def errors(self) -> str:
         return self.stderr.read_text()
 
+    def has_ended(self) -> bool:
+        """Whether the process itself has ended, before or after `wait`."""
+        return self.pid not in self.members()
+
+    def members(self) -> list[int]:
+        """The processes of its group that have not ended."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdecimal():
+                try:
+                    state, _, group, *_ = (entry / "stat").read_text().rpartition(")")[2].split()
+                except OSError:
+                    continue
+                if int(group) == self.pid and state != "Z":
+                    found.append(int(entry.name))
+        return found
+
     def group_is_gone(self) -> bool:
         """Whether no process of its group is left."""
-        return not _members(self.pid)
-
-
-def _members(group: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                after_name = (entry / "stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            if int(after_name[2]) == group and after_name[0] != "Z":
-                found.append(int(entry.name))
-    return found
+        return not self.members()
 
 
 def run(*arguments: object, folder: Path, before: str = "", **environment: str) -> tuple[int, str]:

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import pytest
 from corpus import ORIENTATION, bombs, broken_files, good_files, good_masks
+from fault_table import FULL, Row, tries
 from PIL import Image
 from processes import Process, run, wait_until
 from small_model import picture, save_picture, small_model
@@ -34,36 +35,6 @@ from segcli.errors import ImageError
 from segcli.images import read_image
 
 pytestmark = pytest.mark.faults
-
-FULL = os.environ.get("SEGCLI_FAULTS") == "full"
-FIGURES: dict[str, list[bool]] = {}  # row -> one value per try: whether it was survived
-
-
-def tries(full: int, sample: int) -> int:
-    return full if FULL else sample
-
-
-class Row:
-    """Counts the tries of one row of the table; a try that raises is one that was not survived."""
-
-    def __init__(self, name: str) -> None:
-        self.results = FIGURES.setdefault(name, [])
-
-    def __enter__(self) -> None:
-        self.results.append(False)
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        self.results[-1] = kind is None
-
-
-@pytest.fixture(scope="module", autouse=True)
-def figures() -> Iterator[None]:
-    yield
-    if FULL:
-        print("\n| row | fault | tries | survived |\n|---|---|---|---|")
-        for name, results in sorted(FIGURES.items(), key=lambda item: int(item[0].split()[0])):
-            number, _, fault = name.partition(" ")
-            print(f"| {number} | {fault} | {len(results)} | {sum(results)} |")
 
 
 def model() -> list[object]:
@@ -362,7 +333,7 @@ def test_6_a_decoder_that_dies_costs_its_file_only(twelve: Path, tmp_path: Path)
 
 def wait_for_files(process: Process, out: Path, count: int) -> None:
     """Until so many files are there, or the process has ended."""
-    wait_until(lambda: len(list(out.rglob("*.*"))) >= count or process.group_is_gone())
+    wait_until(lambda: len(list(out.rglob("*.*"))) >= count or process.has_ended())
 
 
 def test_7_killed_at_any_moment_and_run_again(twelve: Path, tmp_path: Path) -> None:
@@ -380,8 +351,7 @@ def test_7_killed_at_any_moment_and_run_again(twelve: Path, tmp_path: Path) -> N
             else:  # just when the next files appear
                 enough = len(list(out.rglob("*.*"))) + dice.randrange(1, 8)
                 wait_for_files(process, out, enough)
-            if not process.group_is_gone():
-                process.kill_group()
+            process.kill_group()
             process.wait()
             wait_until(process.group_is_gone)
             partial = {name: data for name, data in tree(out).items() if ".segcli-" not in name}
@@ -709,6 +679,7 @@ import numpy as np
 from segcli.images import SUFFIXES, encode_mask
 from segcli.inference import engine
 from segcli.inference.sources import parse
+from segcli.inference.storage import Folder
 from segcli.palettes import CLASS_SETS
 
 class Thresholds:
@@ -719,8 +690,8 @@ class Thresholds:
         return {"mask": encode_mask(labels, CLASS_SETS["voc"].palette())}, {"background": 1.0}
 
 out = Path(sys.argv[1] + "/masks")
-task = engine.Task(parse([sys.argv[1] + "/in"], None, str(out), SUFFIXES), out, ["mask"], "none", {}, {},
-                   Thresholds, workers=int(sys.argv[2]))
+task = engine.Task(parse([sys.argv[1] + "/in"], None, str(out), SUFFIXES), Folder(out), ["mask"], "none",
+                   {}, {}, Thresholds, workers=int(sys.argv[2]))
 progress = engine.Progress()
 memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 marks = {}
@@ -946,8 +917,7 @@ def test_28_colorize_killed_and_run_again(twelve: Path, tmp_path: Path) -> None:
         with Row("28 colorize: kill -9 at a random moment"):
             process = Process("colorize", "in", "--out", "out", "--workers", 1, folder=tmp_path)
             wait_for_files(process, out, len(list(out.rglob("*.*"))) + dice.randrange(1, 6))
-            if not process.group_is_gone():
-                process.kill_group()
+            process.kill_group()
             process.wait()
             wait_until(process.group_is_gone)
             partial = {name: data for name, data in tree(out).items() if ".segcli-" not in name}

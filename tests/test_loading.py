@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from processes import Process, _members, wait_until
+from processes import Process, wait_until
 from training_runs import REGISTER_TINY, TINY, make_shapes
 
 from segcli.data.loading import SegmentationSamples, batches, loader
@@ -121,7 +121,7 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, shapes: Path) -> None:
     )
     arguments = ["--data", shapes, "--out", "run", *TINY, "--workers", "2"]
     process = Process("train", *arguments, folder=tmp_path, before=REGISTER_TINY + slow)
-    wait_until(lambda: (tmp_path / "run/config.toml").exists() and len(_members(process.pid)) == 3)
+    wait_until(lambda: (tmp_path / "run/config.toml").exists() and len(process.members()) == 3)
     process.send(signal.SIGINT)
     wait_until(lambda: "Stopping" in process.errors)
     process.send(signal.SIGINT)

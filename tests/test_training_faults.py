@@ -18,9 +18,9 @@ import pytest
 import safetensors.torch
 import tiny_network
 import torch
+from fault_table import FULL, Row, tries
 from PIL import Image
 from processes import Process, wait_until
-from test_faults import FIGURES, FULL, Row, tries
 from training_runs import REGISTER_TINY, SMALL, TINY, assert_same_result, make_shapes, run
 
 from segcli.models.networks import NETWORKS
@@ -29,18 +29,13 @@ pytestmark = pytest.mark.faults
 
 
 @pytest.fixture(scope="module", autouse=True)
-def figures() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
     if FULL:
-        print()
-        for name, results in sorted(FIGURES.items()):
-            number, _, fault = name.partition(" ")
-            if int(number) >= 24:
-                print(f"| {number} | {fault} | {len(results)} | {sum(results)} |")
-        print(f"{sum(CUT_OFF)} of {len(CUT_OFF)} kills in row 25 came while a file was being written")
+        print(f"\n{sum(CUT_OFF)} of {len(CUT_OFF)} kills in row 25 came while a file was being written")
 
 
 @pytest.fixture(scope="module")
