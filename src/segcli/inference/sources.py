@@ -36,6 +36,7 @@ from typing import BinaryIO
 from segcli.errors import UsageError
 from segcli.files import TEMPORARY_PREFIX
 from segcli.inference.layout import RESERVED, RUN_FILE, RUN_FOLDER
+from segcli.inference.seen import Seen
 
 NamesIn = Callable[[str, frozenset[str]], dict[str, str]]
 
@@ -170,11 +171,9 @@ def discover(sources: Sources, passed_over: PassedOver) -> Iterator[Input]:
         elif kind == "file":
             yield _by_name(path, sources, names_in)
         else:
-            done: set[bytes] = set()
+            seen_names = Seen()
             for line in _listed(path):
-                key = hashlib.blake2b(os.fsencode(os.path.abspath(line)), digest_size=8).digest()
-                if key not in done:
-                    done.add(key)
+                if seen_names.add(os.path.abspath(line)):
                     yield _by_name(line, sources, names_in)
 
 
@@ -186,17 +185,17 @@ def name_masks(images: Iterable[str], folders: Iterable[str] = ()) -> dict[str, 
         folders: The names of its sub-folders, which masks must not take.
     """
     length = dict.fromkeys(images, 0)  # 0: the stem; 1, 2, ...: the full name and as many suffixes
-    taken = Counter(_fold(name) for name in folders)
+    taken = Counter(folded(name) for name in folders)
     while True:
         wanted = {name: _candidate(name, n) for name, n in length.items()}
-        uses = taken + Counter(map(_fold, wanted.values()))
-        crowded = sorted((n for n, mask in wanted.items() if uses[_fold(mask)] > 1), key=length.__getitem__)
+        uses = taken + Counter(map(folded, wanted.values()))
+        crowded = sorted((n for n, mask in wanted.items() if uses[folded(mask)] > 1), key=length.__getitem__)
         # Full names that differ in case only stay as they are: no name that is made from them differs more.
         given: set[str] = set()
         longer = []
         for name in crowded:
             mask = wanted[name]
-            if length[name] == 0 or _fold(mask) in taken or mask in given:
+            if length[name] == 0 or folded(mask) in taken or mask in given:
                 longer.append(name)
             else:
                 given.add(mask)
@@ -221,7 +220,7 @@ def _fit(name: str) -> str:
     return stem + mark
 
 
-def _fold(name: str) -> str:
+def folded(name: str) -> str:
     """What a file system that ignores case and Unicode form makes of a name."""
     return name.lower() if name.isascii() else unicodedata.normalize("NFC", name).casefold()
 
@@ -383,7 +382,7 @@ def _output(below: str, name: str) -> str:
     if below == os.curdir:
         return name
     parts = below.split(os.sep)
-    if _fold(parts[0]) in RESERVED:
+    if folded(parts[0]) in RESERVED:
         parts[0] += "_"
     return "/".join([*parts, name])
 
