@@ -15,10 +15,7 @@ from segcli.errors import MachineError, UsageError
 from segcli.files import sha256
 from segcli.inference.layout import PRODUCTS, file_of, mask_of
 from segcli.inference.manifest import (
-    Content,
     Entry,
-    content_now,
-    describe,
     digest,
     finished_entry,
     open_manifest,
@@ -28,6 +25,7 @@ from segcli.inference.manifest import (
     write_run,
 )
 from segcli.inference.sources import Input
+from segcli.inference.storage import Content, Folder, content_now, describe
 
 SETTINGS = digest({"weights": "abc"})
 
@@ -43,7 +41,7 @@ def done(tmp_path: Path) -> tuple[Input, Entry, Path]:
     source.write_bytes(b"photograph")
     files = {}
     for kind in ("mask", "overlay"):
-        path = file_of(out, "a.png", kind)
+        path = out / file_of("a.png", kind)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(kind.encode())
         files[kind] = content(path)
@@ -53,17 +51,22 @@ def done(tmp_path: Path) -> tuple[Input, Entry, Path]:
 
 def decide(done: tuple[Input, Entry, Path], **changes: object) -> Entry | None:
     item, entry, out = done
-    values = {"entry": entry, "item": item, "settings": SETTINGS, "kinds": ["mask", "overlay"], "out": out}
+    values = {
+        "entry": entry,
+        "item": item,
+        "settings": SETTINGS,
+        "kinds": ["mask", "overlay"],
+        "out": Folder(out),
+    }
     return finished_entry(**(values | changes))  # type: ignore[arg-type]
 
 
 def test_places_of_products() -> None:
-    out = Path("masks")
-    assert file_of(out, "a/b.png", "mask") == Path("masks/a/b.png")
-    assert file_of(out, "a/b.jpg.png", "overlay") == Path("masks/_overlay/a/b.jpg.jpg")
-    assert file_of(out, "b.png", "scores") == Path("masks/_scores/b.npz")
+    assert file_of("a/b.png", "mask") == "a/b.png"
+    assert file_of("a/b.jpg.png", "overlay") == "_overlay/a/b.jpg.jpg"
+    assert file_of("b.png", "scores") == "_scores/b.npz"
     for kind in PRODUCTS:
-        assert mask_of(str(file_of(Path(), "a/b.c.png", kind))) == "a/b.c.png"
+        assert mask_of(file_of("a/b.c.png", kind)) == "a/b.c.png"
 
 
 def test_a_line_survives_a_round_trip(done: tuple[Input, Entry, Path]) -> None:
@@ -82,27 +85,27 @@ def test_a_line_survives_a_round_trip(done: tuple[Input, Entry, Path]) -> None:
 
 
 def test_results_are_found_again_and_a_torn_line_is_cut_off(tmp_path: Path) -> None:
-    with open_manifest(tmp_path) as manifest:
+    with open_manifest(Folder(tmp_path)) as manifest:
         for name in ("a", "b", "c"):
             manifest.append(Entry(f"/in/{name}.jpg", f"{name}.png", "done"))
         manifest.append(Entry("/in/d.jpg", None, "failed", "the file is empty"))
         path = manifest.path
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"source": "/in/e.jpg", "outp')
-    with open_manifest(tmp_path) as manifest:
+    with open_manifest(Folder(tmp_path)) as manifest:
         assert len(manifest) == 3
         assert manifest.find("b.png") == Entry("/in/b.jpg", "b.png", "done", notes=[])
         assert manifest.find("d.png") is None
         manifest.append(Entry("/in/e.jpg", "e.png", "done"))
     assert path.read_bytes() == whole + Entry("/in/e.jpg", "e.png", "done").line()
     path.write_bytes(whole.replace(b"/in/b.jpg", b'/in/"b.jpg'))  # damaged in the middle
-    with open_manifest(tmp_path) as manifest:
+    with open_manifest(Folder(tmp_path)) as manifest:
         assert len(manifest) == 2
         assert manifest.find("b.png") is None
 
 
 def test_every_input_has_one_line_in_the_end(tmp_path: Path) -> None:
-    with open_manifest(tmp_path) as manifest:
+    with open_manifest(Folder(tmp_path)) as manifest:
         manifest.append(Entry("/in/a.jpg", None, "failed", "no such file"))
         manifest.append(Entry("/in/b.jpg", "b.png", "done"))
         manifest.append(Entry("/in/a.jpg", "a.png", "done"))
@@ -119,12 +122,12 @@ def test_every_input_has_one_line_in_the_end(tmp_path: Path) -> None:
 
 
 def test_an_output_can_be_claimed_once(tmp_path: Path) -> None:
-    with open_manifest(tmp_path) as manifest:
+    with open_manifest(Folder(tmp_path)) as manifest:
         assert manifest.claim(Input("a.jpg", "a.png"))
         assert not manifest.claim(Input("A.jpg", "a.png"))
         assert manifest.claim(Input("A.jpg", "A.png"))
     (tmp_path / "_run/LOCK").write_text("")  # as a file system that ignores case would show it
-    with open_manifest(tmp_path) as manifest:
+    with open_manifest(Folder(tmp_path)) as manifest:
         assert manifest.claim(Input("a.jpg", "a.png"))
         assert not manifest.claim(Input("A.jpg", "A.png"))
 
@@ -193,7 +196,7 @@ def test_content_is_hashed_only_when_it_has_to_be(tmp_path: Path, monkeypatch: p
     path = tmp_path / "a"
     path.write_bytes(b"abc")
     noted = content(path)
-    monkeypatch.setattr("segcli.inference.manifest.sha256", lambda path: pytest.fail("hashed"))
+    monkeypatch.setattr("segcli.inference.storage.sha256", lambda path: pytest.fail("hashed"))
     assert content_now(str(path), noted) is noted
     assert content_now(str(path), dataclasses.replace(noted, size=4)) is None
     assert content_now(str(path), None) is None
@@ -202,34 +205,34 @@ def test_content_is_hashed_only_when_it_has_to_be(tmp_path: Path, monkeypatch: p
 
 def test_outdated_products_that_are_not_made_again_go(done: tuple[Input, Entry, Path]) -> None:
     item, entry, out = done
-    remove_others(entry, item, ["mask"], out)
+    remove_others(entry, item, ["mask"], Folder(out))
     assert [path.name for path in out.rglob("*") if path.is_file()] == ["a.png"]
 
 
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
-    refuse_other_settings(tmp_path, {"size": None})  # a new folder
-    write_run(tmp_path, {"settings": {"weights": "f" * 64, "size": None}})
-    assert read_run(tmp_path)["settings"]["size"] is None
-    refuse_other_settings(tmp_path, {"weights": "f" * 64, "size": None})
+    refuse_other_settings(Folder(tmp_path), {"size": None})  # a new folder
+    write_run(Folder(tmp_path), {"settings": {"weights": "f" * 64, "size": None}})
+    assert read_run(Folder(tmp_path))["settings"]["size"] is None
+    refuse_other_settings(Folder(tmp_path), {"weights": "f" * 64, "size": None})
     with pytest.raises(UsageError) as caught:
-        refuse_other_settings(tmp_path, {"weights": "e" * 64, "size": 500})
+        refuse_other_settings(Folder(tmp_path), {"weights": "e" * 64, "size": 500})
     assert str(caught.value).splitlines() == [
         f"{tmp_path} holds results of other settings: size unset, now 500; "
         "weights ffffffffffff..., now eeeeeeeeeeee....",
         "Choose another --out, or give --overwrite to do everything again.",
     ]
     (tmp_path / "_run/run.json").write_text('{"settings"')
-    assert read_run(tmp_path) == {}
+    assert read_run(Folder(tmp_path)) == {}
 
 
 def test_leftovers_of_a_killed_run_go_and_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub/.segcli-k3j2").write_bytes(b"half")
     (tmp_path / "sub/kept.png").write_bytes(b"x")
-    with open_manifest(tmp_path):
+    with open_manifest(Folder(tmp_path)):
         assert [path.name for path in (tmp_path / "sub").iterdir()] == ["kept.png"]
-        write_run(tmp_path, {"state": "finished"})
-    with open_manifest(tmp_path):
+        write_run(Folder(tmp_path), {"state": "finished"})
+    with open_manifest(Folder(tmp_path)):
         assert sorted(path.name for path in (tmp_path / "_run").iterdir()) == [
             "lock",
             "manifest.jsonl",
@@ -240,7 +243,8 @@ def test_leftovers_of_a_killed_run_go_and_nothing_else(tmp_path: Path) -> None:
 def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from segcli.inference.manifest import open_manifest\n"
-        "with open_manifest(Path(sys.argv[1])): print('open', flush=True); sys.stdin.read()"
+        "from segcli.inference.storage import Folder\n"
+        "with open_manifest(Folder(Path(sys.argv[1]))): print('open', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -248,11 +252,11 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(tmp_path: 
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"open\n"
         message = f"is in use by process {holder.pid} on .* since 20"
-        with pytest.raises(UsageError, match=message), open_manifest(tmp_path):
+        with pytest.raises(UsageError, match=message), open_manifest(Folder(tmp_path)):
             pytest.fail("opened twice")
         holder.kill()
         holder.wait()
-        with open_manifest(tmp_path) as manifest:  # its lock went with it
+        with open_manifest(Folder(tmp_path)) as manifest:  # its lock went with it
             manifest.append(Entry("/in/a.jpg", "a.png", "done"))
 
 
@@ -261,11 +265,11 @@ def test_an_impossible_folder_is_named(tmp_path: Path) -> None:
     file.write_text("")
     with (
         pytest.raises(MachineError, match=r"masks: it is a file; choose a folder for --out"),
-        open_manifest(file),
+        open_manifest(Folder(file)),
     ):
         pass
     with (
         pytest.raises(MachineError, match=r"cannot write to .*/deeper: Not a"),
-        open_manifest(file / "deeper"),
+        open_manifest(Folder(file / "deeper")),
     ):
         pass

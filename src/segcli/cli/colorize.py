@@ -82,6 +82,7 @@ def colorize(
     from segcli.inference.coloring import Colorizer, Decolorizer, Photos
     from segcli.inference.engine import Progress, Task
     from segcli.inference.sources import parse
+    from segcli.inference.storage import Folder
     from segcli.palettes import get_class_set
 
     terminal = Terminal(quiet, json)
@@ -104,7 +105,7 @@ def colorize(
     progress = Progress()
     task = Task(
         sources=found,
-        out=out,
+        out=Folder(out),
         kinds=["mask"] if to_ids else ["picture", "overlay"] if images else ["picture"],
         model=f"colorize {classes.name}" if classes else "colorize",
         settings={

@@ -81,6 +81,7 @@ def predict(
     from segcli.images import SUFFIXES
     from segcli.inference.engine import Progress, Task
     from segcli.inference.sources import parse
+    from segcli.inference.storage import Folder
     from segcli.inference.tta import variants_of
     from segcli.models.info import read_info
 
@@ -120,7 +121,7 @@ def predict(
     progress = Progress()
     task = Task(
         sources=found,
-        out=out,
+        out=Folder(out),
         kinds=kinds,
         model=model_file.stem,
         settings={"weights": sha256(model_file), "size": size, "tta": tta, "opacity": opacity},

@@ -131,7 +131,7 @@ def time_left(progress: Progress) -> str:
 
 def report(task: Task[Any], progress: Progress, seconds: float, terminal: Terminal, noun: str) -> None:
     """Say what became of the files, and exit accordingly."""
-    manifest = task.out / RUN_FOLDER / MANIFEST_FILE
+    manifest = task.out.place(f"{RUN_FOLDER}/{MANIFEST_FILE}")
     pixels = progress.pixels.total()
     shares = {name: count / pixels for name, count in progress.pixels.most_common()}
     terminal.document(
@@ -146,7 +146,7 @@ def report(task: Task[Any], progress: Progress, seconds: float, terminal: Termin
             "interrupted": bool(progress.interrupted),
             "classes": {name: round(share, 6) for name, share in shares.items()},
             "failures": [{"source": source, "reason": reason} for source, reason in progress.failures],
-            "manifest": str(manifest),
+            "manifest": manifest,
         }
     )
     if progress.interrupted:
@@ -169,7 +169,9 @@ def report(task: Task[Any], progress: Progress, seconds: float, terminal: Termin
     counts += [f"{progress.skipped:,} done before"] if progress.skipped else []
     counts += [f"{progress.failed:,} failed"] if progress.failed else []
     inputs = f"{progress.inputs:,} {noun}" + ("" if progress.inputs == 1 else "s")
-    where = f"{task.out}, overlays in {task.out / '_overlay'}" if "overlay" in task.kinds else str(task.out)
+    where = str(task.out)
+    if "overlay" in task.kinds:
+        where += f", overlays in {task.out.place('_overlay')}"
     terminal.say(f"{inputs} in {seconds:.1f} s: {', '.join(counts)}. Results are in {where}.")
     if progress.failed:
         for source, reason in progress.failures:

@@ -36,8 +36,8 @@ import segcli
 from segcli.errors import MachineError
 from segcli.inference.ahead import Ahead
 from segcli.inference.decode_worker import Array, decode, receive, seconds_for, send
-from segcli.inference.manifest import Content
 from segcli.inference.sources import Input
+from segcli.inference.storage import Content
 
 PROGRAM = (sys.executable, "-P", "-m", "segcli.inference.decode_worker")
 TICK = 0.5  # seconds; how often limits and the wish to stop are looked at

@@ -23,21 +23,17 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from segcli import __version__
 from segcli.errors import ImageError, MachineError
-from segcli.files import write_atomic
 from segcli.inference.ahead import Ahead
 from segcli.inference.decoders import Decoded, Decoders
 from segcli.inference.interrupts import Interrupts
 from segcli.inference.layout import file_of
 from segcli.inference.manifest import (
-    Content,
     Entry,
     Manifest,
-    describe,
     digest,
     finished_entry,
     open_manifest,
@@ -46,6 +42,7 @@ from segcli.inference.manifest import (
     write_run,
 )
 from segcli.inference.sources import Input, PassedOver, Sources, discover
+from segcli.inference.storage import Content, Storage
 
 R = TypeVar("R")
 AHEAD = 64  # inputs that are known but not decoded yet
@@ -70,7 +67,7 @@ class Task(Generic[R]):
     """One run over a folder."""
 
     sources: Sources
-    out: Path
+    out: Storage
     kinds: Sequence[str]  # keys of layout.PRODUCTS
     model: str  # its name, for the manifest
     settings: Mapping[str, Any]  # all that the bytes of a result depend on, besides the input
@@ -262,16 +259,14 @@ class _Book:
         self._lock = threading.Lock()
 
     def write(self, output: str, kind: str, data: bytes) -> Content:
-        path = file_of(self._out, output, kind)
-        write_atomic(path, data)
-        return describe(path, data)
+        return self._out.write(file_of(output, kind), data)
 
     def done(self, picture: Decoded, files: Mapping[str, Content], shares: Mapping[str, float]) -> None:
         assert picture.pixels is not None
         height, width = picture.pixels.shape[:2]
         entry = Entry(
             source=os.path.abspath(picture.item.source),
-            output=file_of(Path(), picture.item.output, next(iter(files))).as_posix(),
+            output=file_of(picture.item.output, next(iter(files))),
             status="done",
             width=width,
             height=height,

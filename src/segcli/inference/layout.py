@@ -8,7 +8,6 @@ masks/_run/               manifest.jsonl, run.json, lock
 from __future__ import annotations
 
 import posixpath
-from pathlib import Path
 
 RUN_FOLDER = "_run"
 RUN_FILE = "run.json"
@@ -35,10 +34,10 @@ RESERVED = frozenset(
 )
 
 
-def file_of(out: Path, output: str, kind: str) -> Path:
-    """Where a product lies: `output` is the mask's path below the output folder, such as "a/b.png"."""
+def file_of(output: str, kind: str) -> str:
+    """Where a product lies, below the output folder: `output` is the mask's path there, such as "a/b.png"."""
     folder, suffix = PLACES[kind]
-    return out / folder / (posixpath.splitext(output)[0] + suffix)
+    return posixpath.join(folder, posixpath.splitext(output)[0] + suffix)
 
 
 def mask_of(path: str) -> str:

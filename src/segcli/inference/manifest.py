@@ -28,22 +28,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from segcli.errors import MachineError, UsageError
-from segcli.files import TEMPORARY_PREFIX, locked, machine_errors, remove_leftovers, sha256, write_atomic
-from segcli.inference.layout import LOCK_FILE, MANIFEST_FILE, PRODUCTS, RUN_FILE, RUN_FOLDER, file_of, mask_of
+from segcli.errors import UsageError
+from segcli.files import TEMPORARY_PREFIX, machine_errors
+from segcli.inference.layout import MANIFEST_FILE, PRODUCTS, RUN_FILE, RUN_FOLDER, file_of, mask_of
 from segcli.inference.sources import Input
+from segcli.inference.storage import Content, Storage, content_now
 
 Status = Literal["done", "skipped", "failed"]
-
-
-@dataclass(frozen=True)
-class Content:
-    """What tells one state of a file from another."""
-
-    size: int  # bytes
-    mtime_ns: int
-    ctime_ns: int
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -86,18 +77,22 @@ def digest(settings: Mapping[str, Any]) -> str:
 
 
 class Manifest:
-    """The record of one output folder, open for one run. Made by `open_manifest`."""
+    """The record of one output folder, open for one run. Made by `open_manifest`.
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
-        self.path = out / RUN_FOLDER / MANIFEST_FILE
+    Args:
+        path: The file of this machine that holds it.
+        out: The output folder.
+    """
+
+    def __init__(self, path: Path, out: Storage) -> None:
+        self.path = path
+        self._out = out
         self._positions: dict[int, int] = {}  # hash of an output -> where its last good line starts
         self._claimed: set[int] = set()  # hashes of the outputs that this run's inputs have
         self._index()
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
         self._reader = self.path.open("rb")
-        ignores_case = (out / RUN_FOLDER / LOCK_FILE.upper()).exists()
-        self._fold = str.casefold if ignores_case else str
+        self._fold = str.casefold if out.ignores_case() else str
 
     def _index(self) -> None:
         if not self.path.exists():
@@ -161,16 +156,15 @@ class Manifest:
                 if output:
                     last_of_output[output] = number
         keep = {n for n in last_of_source.values() if not outputs[n] or last_of_output[outputs[n]] == n}
-        if len(keep) == len(outputs):
-            return
-
-        temporary = self.path.with_name(TEMPORARY_PREFIX + MANIFEST_FILE)
-        with machine_errors(self.path, "write"):
-            with self.path.open("rb") as old, temporary.open("wb") as new:
-                new.writelines(line for number, line in enumerate(old) if number in keep)
-                new.flush()
-                os.fsync(new.fileno())
-            temporary.replace(self.path)
+        if len(keep) < len(outputs):
+            temporary = self.path.with_name(TEMPORARY_PREFIX + MANIFEST_FILE)
+            with machine_errors(self.path, "write"):
+                with self.path.open("rb") as old, temporary.open("wb") as new:
+                    new.writelines(line for number, line in enumerate(old) if number in keep)
+                    new.flush()
+                    os.fsync(new.fileno())
+                temporary.replace(self.path)
+        self._out.publish(self.path)
 
 
 def _keys(line: bytes) -> tuple[int, int]:
@@ -184,40 +178,38 @@ def _keys(line: bytes) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def open_manifest(out: Path) -> Iterator[Manifest]:
-    """Make the output folder, take its lock, and open its manifest; leftovers of a killed run are removed.
+def open_manifest(out: Storage) -> Iterator[Manifest]:
+    """Keep the output folder to this process and open its manifest; leftovers of a killed run are removed.
 
     Raises:
         UsageError: Another process is writing to the folder.
         MachineError: The folder cannot be made or written to.
     """
-    if out.exists() and not out.is_dir():
-        raise MachineError(f"cannot write to {out}: it is a file; choose a folder for --out")
-    with locked(out, out / RUN_FOLDER / LOCK_FILE):
+    with out.opened() as path:
         if read_run(out).get("state") != "finished":
-            remove_leftovers(out)
-        manifest = Manifest(out)
+            out.remove_leftovers()
+        manifest = Manifest(path, out)
         try:
             yield manifest
         finally:
             manifest.close()
 
 
-def read_run(out: Path) -> dict[str, Any]:
+def read_run(out: Storage) -> dict[str, Any]:
     """run.json, or {} when it is missing or damaged."""
     try:
-        content = json.loads((out / RUN_FOLDER / RUN_FILE).read_text())
+        content = json.loads(out.read(f"{RUN_FOLDER}/{RUN_FILE}") or b"")
         return content if isinstance(content, dict) else {}
-    except (OSError, ValueError):
+    except ValueError:
         return {}
 
 
-def write_run(out: Path, content: Mapping[str, Any]) -> None:
+def write_run(out: Storage, content: Mapping[str, Any]) -> None:
     """Write run.json."""
-    write_atomic(out / RUN_FOLDER / RUN_FILE, (json.dumps(content, indent=2) + "\n").encode())
+    out.write(f"{RUN_FOLDER}/{RUN_FILE}", (json.dumps(content, indent=2) + "\n").encode())
 
 
-def refuse_other_settings(out: Path, settings: Mapping[str, Any]) -> None:
+def refuse_other_settings(out: Storage, settings: Mapping[str, Any]) -> None:
     """Stop when the folder holds results that were made in another way.
 
     Raises:
@@ -237,7 +229,7 @@ def refuse_other_settings(out: Path, settings: Mapping[str, Any]) -> None:
 
 
 def finished_entry(
-    entry: Entry | None, item: Input, settings: str, kinds: Sequence[str], out: Path
+    entry: Entry | None, item: Input, settings: str, kinds: Sequence[str], out: Storage
 ) -> Entry | None:
     """An earlier result that can stand, as it is true today; None when the input has to be computed.
 
@@ -263,45 +255,17 @@ def finished_entry(
     files = dict(entry.files)
     for kind in kinds:
         noted = files.get(kind)
-        found = content_now(str(file_of(out, item.output, kind)), noted)
+        found = out.content_now(file_of(item.output, kind), noted)
         if noted is None or found is None or found.sha256 != noted.sha256:
             return None
         files[kind] = found
     return replace(entry, source=source, input=now, files=files)
 
 
-def remove_others(entry: Entry, item: Input, kinds: Sequence[str], out: Path) -> None:
+def remove_others(entry: Entry, item: Input, kinds: Sequence[str], out: Storage) -> None:
     """Delete the products of an outdated result that are not made again, so that old and new never mix."""
     for kind in entry.files.keys() & PRODUCTS.keys() - set(kinds):
-        with contextlib.suppress(OSError):
-            file_of(out, item.output, kind).unlink()
-
-
-def describe(path: Path, data: bytes) -> Content:
-    """The state of a file that was just written."""
-    status = path.stat()
-    return Content(status.st_size, status.st_mtime_ns, status.st_ctime_ns, hashlib.sha256(data).hexdigest())
-
-
-def content_now(path: str, before: Content | None) -> Content | None:
-    """The present state of a file; it is hashed only when its size and times are not those noted."""
-    try:
-        status = os.stat(path)
-        if before is not None and _same(status, before):
-            return before
-        if before is None or status.st_size != before.size:
-            return None
-        return Content(status.st_size, status.st_mtime_ns, status.st_ctime_ns, sha256(Path(path)))
-    except OSError:
-        return None
-
-
-def _same(status: os.stat_result, noted: Content) -> bool:
-    return (status.st_size, status.st_mtime_ns, status.st_ctime_ns) == (
-        noted.size,
-        noted.mtime_ns,
-        noted.ctime_ns,
-    )
+        out.remove(file_of(item.output, kind))
 
 
 def _short(value: Any) -> str:
