@@ -1,6 +1,6 @@
 """From class maps to pictures, and from colour-coded pictures back to class maps.
 
-The work of `segcli colorize`, see `engine.Work`. What a mask holds has been read by `images.read_mask`,
+The work of `segcli colorize`, see `pipeline.Work`. What a mask holds has been read by `images.read_mask`,
 what a colour-coded picture holds by `images.read_color_map`.
 """
 
