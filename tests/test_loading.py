@@ -13,9 +13,9 @@ import pytest
 import torch
 from PIL import Image
 from processes import Process, wait_until
-from training_runs import REGISTER_TINY, TINY, make_shapes
+from training_runs import REGISTER_TINY, TINY, assert_same_result, make_shapes
 
-from segcli.data.loading import SegmentationSamples, batches, loader
+from segcli.data.loading import Dismissal, SegmentationSamples, batches, loader
 from segcli.data.sets import open_data
 from segcli.data.transforms import Augmentation, training_transform
 from segcli.errors import ImageError, MachineError
@@ -115,15 +115,80 @@ def test_a_signal_to_the_whole_group_leaves_no_process_and_a_checkpoint(
     assert (tmp_path / "run/checkpoint.pt").stat().st_mtime_ns > before
 
 
-def test_a_second_signal_ends_at_once(tmp_path: Path, shapes: Path) -> None:
-    slow = (
-        "\nimport segcli.training.loop as loop\nloop.train_step = lambda *_: [None for _ in iter(int, 1)]\n"
-    )
+# In a process of segcli: the third step waits for the file `go` in one call of C, as a long batch would.
+LONG_STEP = """
+import ctypes, pathlib, threading, time
+from segcli.training import loop
+original, seen = loop.train_step, 0
+libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+def open_when_told():
+    while not pathlib.Path("go").exists():
+        time.sleep(0.01)
+    libc.pthread_mutex_unlock(mutex)
+def waiting(*arguments):
+    global seen
+    seen += 1
+    if seen == 3:
+        libc.pthread_mutex_lock(mutex)
+        threading.Thread(target=open_when_told).start()
+        pathlib.Path("waits").touch()
+        libc.pthread_mutex_lock(mutex)
+    return original(*arguments)
+loop.train_step = waiting
+"""
+
+
+@pytest.mark.parametrize("everyone", [True, False])
+def test_workers_end_at_the_first_signal_however_long_the_batch_takes(
+    tmp_path: Path, shapes: Path, everyone: bool
+) -> None:
+    """Ctrl-C reaches the whole group, `kill` the main process alone; the batch still counts."""
+    arguments = ["--data", shapes, *TINY, "--epochs", "3", "--workers", "2"]
+    whole = Process("train", *arguments, "--out", "whole", folder=tmp_path, before=REGISTER_TINY)
+    assert whole.wait() == 0, whole.errors
+    process = Process("train", *arguments, "--out", "run", folder=tmp_path, before=REGISTER_TINY + LONG_STEP)
+    wait_until((tmp_path / "waits").exists)
+    assert len(process.members()) == 3
+    (os.killpg if everyone else os.kill)(process.pid, signal.SIGINT)
+    wait_until(lambda: process.members() == [process.pid], seconds=5)
+    assert process.errors == "Stopping after what is being computed now. Ctrl-C again stops at once.\n"
+    (tmp_path / "go").touch()
+    assert process.wait() == 130, process.errors
+    assert "Stopped in epoch 2 after batch 1." in process.errors
+    again = Process("train", *arguments, "--out", "run", folder=tmp_path, before=REGISTER_TINY)
+    assert again.wait() == 0, again.errors
+    assert_same_result(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_second_signal_ends_a_long_batch_at_once(tmp_path: Path, shapes: Path) -> None:
     arguments = ["--data", shapes, "--out", "run", *TINY, "--workers", "2"]
-    process = Process("train", *arguments, folder=tmp_path, before=REGISTER_TINY + slow)
-    wait_until(lambda: (tmp_path / "run/config.toml").exists() and len(process.members()) == 3)
+    process = Process("train", *arguments, folder=tmp_path, before=REGISTER_TINY + LONG_STEP)
+    wait_until((tmp_path / "waits").exists)
     process.send(signal.SIGINT)
     wait_until(lambda: "Stopping" in process.errors)
     process.send(signal.SIGINT)
     assert process.wait() == 130
+    wait_until(process.group_is_gone, seconds=5)
+
+
+def test_what_is_asked_for_after_the_workers_left_is_loaded_here(shapes: Path) -> None:
+    order = batches(8, 2, 0, 0)
+    expected = list(loader(samples(shapes), order, 0, pin=False))
+    dismissal = Dismissal()
+    loading = loader(samples(shapes), order, 2, False, dismissal)
+    found = [next(loading)]
+    dismissal.give()
+    wait_until(lambda: not multiprocessing.active_children(), seconds=5)
+    found += loading
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+def test_workers_end_when_the_main_process_is_killed(tmp_path: Path, shapes: Path) -> None:
+    arguments = ["--data", shapes, "--out", "run", *TINY, "--workers", "2"]
+    process = Process("train", *arguments, folder=tmp_path, before=REGISTER_TINY + LONG_STEP)
+    wait_until((tmp_path / "waits").exists)
+    process.send(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
     wait_until(process.group_is_gone, seconds=5)

@@ -207,12 +207,12 @@ def train_and_show(
     def after_save() -> None:
         record.draw_curves(out, state.history, task.score)
 
-    with (
-        Interrupts(stop, end_workers, distributed.signal_copies(), announce=first) as interrupts,
-        Display(terminal, config.epochs, state.history, task.score) as display,
-    ):
-        watcher = loop.Watcher(display.trained, display.validated, after_epoch, after_save, stop.is_set)
-        finished = loop.train(loop.Training(task, state, config, out, device, watcher))
+    display = Display(terminal, config.epochs, state.history, task.score)
+    watcher = loop.Watcher(display.trained, display.validated, after_epoch, after_save, stop.is_set)
+    training = loop.Training(task, state, config, out, device, watcher)
+    copies = distributed.signal_copies()
+    with Interrupts(stop, end_workers, copies, first, training.dismissal.give) as interrupts, display:
+        finished = loop.train(training)
     if events is not None:
         events.close()
     return None if finished else interrupts.number

@@ -6,9 +6,15 @@ workers nor an interruption changes them.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import multiprocessing
+import os
 import signal
+import threading
+import warnings
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -105,8 +111,37 @@ class _Order:
         return len(self.order)
 
 
+class Dismissal:
+    """Sends the processes that load samples home, from any thread and at any time.
+
+    They leave when it is given, and when this process is gone. Signals would not do: a process that a signal
+    ends looks to PyTorch like one that crashed.
+    """
+
+    def __init__(self) -> None:
+        self.given = False
+        self._reader, self._writer = multiprocessing.Pipe(duplex=False)
+
+    def give(self) -> None:
+        self.given = True
+        self._writer.send_bytes(b"go")
+
+    def obey(self) -> None:
+        """In a process that loads: leave when it is given."""
+        self._writer.close()
+        threading.Thread(target=self._wait, daemon=True).start()
+
+    def _wait(self) -> None:
+        self._reader.poll(None)  # nobody reads it, so it is there for all
+        os._exit(0)
+
+
 def loader(
-    samples: Dataset[Item], order: Sequence[list[Key]], workers: int, pin: bool
+    samples: Dataset[Item],
+    order: Sequence[list[Key]],
+    workers: int,
+    pin: bool,
+    dismissal: Dismissal | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The given batches, in that order.
 
@@ -115,31 +150,61 @@ def loader(
         order: Which samples make up each batch.
         workers: Processes that load them, a few batches ahead; 0 loads in this process.
         pin: Put batches where a GPU fetches them fast.
+        dismissal: Ends the workers early; what is still asked for is loaded in this process.
 
     Raises:
         ImageError: A file cannot be read; the message names it.
         MachineError: A process that loads images died.
     """
-    loading = DataLoader(
-        samples,
-        batch_sampler=_Order(order),
-        num_workers=workers,
-        pin_memory=pin,
-        collate_fn=_collate,
-        worker_init_fn=_quiet_worker,
-    )
+    dismissal = dismissal or Dismissal()
+    done, loaded = 0, None
     try:
-        for batch in loading:
-            if isinstance(batch, ImageError):
-                raise batch
-            yield batch
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise MachineError(
-            f"a process that loads images died: {str(error).splitlines()[0]}\n"
-            "Most likely memory ran out, or /dev/shm is too small; try fewer --workers, or --workers 0."
-        ) from error
+        with _signals_held_back(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's remark on more workers than cores
+            loaded = iter(
+                DataLoader(
+                    samples,
+                    batch_sampler=_Order(order),
+                    num_workers=workers,
+                    pin_memory=pin,
+                    collate_fn=_collate,
+                    worker_init_fn=partial(_start_worker, dismissal),
+                )
+            )
+        for batch in loaded:
+            yield _whole(batch)
+            done += 1
+    except (RuntimeError, OSError, EOFError) as error:
+        if not dismissal.given:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise MachineError(
+                f"a process that loads images died: {str(error).splitlines()[0]}\n"
+                "Most likely memory ran out, or /dev/shm is too small; try fewer --workers, or --workers 0."
+            ) from error
+    finally:
+        loaded = None  # ends the workers, also where an error holds on to this frame
+    for keys in order[done:]:
+        yield _whole(_collate([samples[key] for key in keys]))
+
+
+@contextlib.contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Processes that are started in this block never get the signals that stop a run.
+
+    Stopping is the business of this process, which still saves its state.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _whole(batch: tuple[Tensor, Tensor] | ImageError) -> tuple[Tensor, Tensor]:
+    if isinstance(batch, ImageError):
+        raise batch
+    return batch
 
 
 def _collate(items: list[Item]) -> Any:
@@ -148,8 +213,6 @@ def _collate(items: list[Item]) -> Any:
     return next(errors, None) or default_collate(items)
 
 
-def _quiet_worker(_: int) -> None:
-    """Stopping is the main process's business, which still saves its state: it ends the workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def _start_worker(dismissal: Dismissal, _: int) -> None:
+    dismissal.obey()
     torch.set_num_threads(1)

@@ -25,7 +25,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from segcli.data.loading import batches, loader, mix
+from segcli.data.loading import Dismissal, batches, loader, mix
 from segcli.errors import SegcliError, UsageError
 from segcli.files import machine_errors, write_atomic
 from segcli.images import encode_jpeg
@@ -120,6 +120,7 @@ class Training:
     validation_seconds: float = 0.0  # of the last one
     saved: float = field(default_factory=time.monotonic)  # when the last checkpoint was written
     saving_seconds: float = 0.0  # what that took
+    dismissal: Dismissal = field(default_factory=Dismissal)  # of the processes that load samples
 
     def pause(self) -> float:
         """Least time between checkpoints, so that they cost little."""
@@ -198,7 +199,8 @@ def train_epoch(training: Training) -> bool:
     warmup = round(config.warmup * len(order))
     training.ticks.clear()
     training.ticks.append(time.monotonic())
-    for images, targets in loader(task.samples, own, config.workers, device.type == "cuda"):
+    pin = device.type == "cuda"
+    for images, targets in loader(task.samples, own, config.workers, pin, training.dismissal):
         step = state.epoch * len(order) + state.batch
         share = rate(step, config.epochs * len(order), warmup, config.schedule)
         set_rate(state.optimizer, share)
