@@ -11,10 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from segcli.cli import main
-from segcli.models.checkpoint import read_info
+from segcli.images import read_image
+from segcli.models.checkpoint import load_model, read_info
+from segcli.models.prepared import prepare
+from segcli.models.preprocessing import to_tensor
 from segcli.models.zoo import DEFAULT_MODEL, bundled_models
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -54,8 +58,9 @@ def test_card_says_what_a_user_must_know(name: str) -> None:
 def test_masks_are_the_golden_ones(
     name: str, photos: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    options = ["--out", str(tmp_path), "--model", name, "--precision", "fp32", "--save", "mask", "--quiet"]
     with pytest.raises(SystemExit) as stop:
-        main(["predict", str(photos), "--out", str(tmp_path), "--model", name, "--save", "mask", "--quiet"])
+        main(["predict", str(photos), *options])
     assert stop.value.code in (0, None)
     for photo in PHOTOS:
         golden = GOLDEN / name / f"{photo}.png"
@@ -66,6 +71,17 @@ def test_masks_are_the_golden_ones(
             assert (mask.mode, mask.size) == ("P", expected.size)
             assert mask.getpalette() == expected.getpalette()
             assert (np.array(mask) == np.array(expected)).mean() >= AGREEMENT
+
+
+def test_bf16_hardly_changes_scores_and_labels(photos: Path) -> None:
+    model = load_model(bundled_models()[DEFAULT_MODEL])
+    exact, reduced = (prepare(model.network, torch.device("cpu"), how) for how in ("fp32", "bf16"))
+    for photo in photos.iterdir():
+        images = to_tensor(read_image(photo).pixels, model.info.preprocessing)
+        with torch.inference_mode():
+            expected, found = exact(images), reduced(images)
+        assert (found - expected).abs().max() < 2e-2 * expected.abs().max()
+        assert (found.argmax(1) != expected.argmax(1)).float().mean() < 3e-3
 
 
 def test_default_model_is_bundled() -> None:

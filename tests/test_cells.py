@@ -26,7 +26,6 @@ from segcli.models.info import ModelInfo
 from segcli.models.preprocessing import Preprocessing, to_tensor
 from segcli.models.semseg import ResizingVGG16FCN
 from segcli.models.vgg import VGG16FCN
-from segcli.models.windowed import WindowedVGG16
 from segcli.palettes import CLASS_SETS
 
 THIN = (2, 3, 4, 5, 6, 7)
@@ -86,7 +85,6 @@ def test_released_networks(stride: int) -> None:
     # The peak of the 2 * stride kernel, less the crop: 7.5 - 31, 15.5 - 27, 31.5 - 19
     origin = {8: Fraction(-47, 2), 16: Fraction(-23, 2), 32: Fraction(25, 2)}[stride]
     assert lattice == Lattice(stride, origin, extended=False)
-    assert lattice_of(WindowedVGG16(network)) == lattice
     with torch.no_grad():
         for seed, size in enumerate(SIZES):
             shape = network.score_pyramid(torch.zeros(1, 3, *size))[-1].shape[2:]
@@ -208,7 +206,6 @@ def test_predict_gives_the_labels_of_the_plain_network(stride: int, shorter_side
     assert len(np.unique(expected)) > 1
     for kinds in (["mask"], ["mask", "confidence"]):
         segmenter = Segmenter(model, torch.device("cpu"), kinds)
-        assert isinstance(segmenter.network, WindowedVGG16)
         assert (segmenter.lattice is not None) == (kinds == ["mask"])
         ((_, result),) = segmenter.compute(iter([Decoded(Input("a", "a"), pixels)]))
         assert isinstance(result, Segmentation)

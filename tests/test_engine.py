@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_model import picture, save_picture
-from torch import Tensor, nn
+from torch import Tensor
 
 from segcli.errors import ImageError, MachineError
 from segcli.files import sha256
@@ -28,6 +28,7 @@ from segcli.inference.products import encode_npz, encode_products
 from segcli.inference.segmentation import Segmentation, Segmenter, classify, resized_rows
 from segcli.inference.sources import Input
 from segcli.models.checkpoint import Model, ModelInfo
+from segcli.models.fcn import Network
 from segcli.models.preprocessing import Preprocessing
 from segcli.palettes import CLASS_SETS, generic_class_set
 
@@ -236,24 +237,31 @@ def test_time_limits_grow_with_the_file() -> None:
 # ---- computing ----
 
 
-class Windows(nn.Module):
+class Windows(Network):
     """Scores for three classes: how red, green and blue the neighbourhood of a pixel is."""
 
     def __init__(self, most: int = 1000, coarse: int = 1) -> None:
         super().__init__()
+        self.num_classes, self.stride = 3, 1
         self.most = most  # images at a time that "fit into memory"
         self.coarse = coarse
         self.seen: list[int] = []
 
-    def forward(self, images: Tensor) -> Tensor:
+    def __deepcopy__(self, memo: object) -> Windows:
+        return self  # tests look at what it has seen
+
+    def score_pyramid(self, images: Tensor) -> list[Tensor]:
         self.seen.append(len(images))
         if len(images) > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
         size = (max(1, images.shape[2] // self.coarse), max(1, images.shape[3] // self.coarse))
-        return F.interpolate(F.avg_pool2d(images, 3, 1, 1), size, mode="area")
+        return [F.interpolate(F.avg_pool2d(images, 3, 1, 1), size, mode="area")]
+
+    def upsample(self, scores: Tensor, size: tuple[int, int]) -> Tensor:
+        return scores
 
 
-def model_of(network: nn.Module) -> Model:
+def model_of(network: Network) -> Model:
     info = ModelInfo("test", generic_class_set(3), Preprocessing(mean=(0.5, 0.5, 0.5), std=(1, 1, 1)))
     return Model(network, info, Path("test"), "")
 
@@ -262,7 +270,7 @@ def pictures_of(sizes: list[tuple[int, int]]) -> list[Decoded]:
     return [Decoded(Input(f"{n}.png", f"{n}.png"), picture(*size, seed=n)) for n, size in enumerate(sizes)]
 
 
-def computed(network: nn.Module, sizes: list[tuple[int, int]], batch: int) -> dict[str, bytes | str]:
+def computed(network: Network, sizes: list[tuple[int, int]], batch: int) -> dict[str, bytes | str]:
     """Labels, or the reason why there are none, by source."""
     segmenter = Segmenter(model_of(network), torch.device("cpu"), ["mask"], batch)
     assert segmenter.batch_size == 1  # on the CPU, whatever was asked for
@@ -298,10 +306,10 @@ def test_out_of_memory_for_one_image_is_reported() -> None:
 
 def test_an_image_that_the_network_refuses_fails_alone() -> None:
     class Picky(Windows):
-        def forward(self, images: Tensor) -> Tensor:
+        def score_pyramid(self, images: Tensor) -> list[Tensor]:
             if images.shape[2] == 30:
                 raise RuntimeError("I do not like it\nand say so at length")
-            return super().forward(images)
+            return super().score_pyramid(images)
 
     results = computed(Picky(), SIZES, 4)
     clean = computed(Windows(), SIZES, 1)

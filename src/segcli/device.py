@@ -44,8 +44,10 @@ def pick_precision(name: str, device: torch.device) -> str:
     """`fp32`, `bf16` or `fp16`; auto is bf16 where the hardware computes in it, else fp32.
 
     Raises:
-        UsageError: The device cannot compute in that precision.
+        UsageError: The name is unknown, or the device cannot compute in that precision.
     """
+    if name not in ("auto", "fp32", "bf16", "fp16"):
+        raise UsageError(f"--precision {name!r} is unknown; use auto, fp32, bf16 or fp16")
     if name == "fp16" and device.type == "cpu":
         raise UsageError("--precision fp16 needs a GPU; use bf16 or fp32 on the CPU")
     if name != "auto":
@@ -55,5 +57,5 @@ def pick_precision(name: str, device: torch.device) -> str:
     if device.type == "cpu":
         # torch.cpu.get_capabilities is there since PyTorch 2.12
         capabilities: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
-        return "bf16" if capabilities.get("avx512_bf16") else "fp32"
+        return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
     return "fp32"

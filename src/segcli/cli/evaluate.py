@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from segcli.cli.downloading import get_model
-from segcli.cli.options import Device, Json, Offline, Quiet, Tta, Verbose
+from segcli.cli.options import Device, Json, Offline, Precision, Quiet, Tta, Verbose
 from segcli.cli.terminal import Terminal
 from segcli.errors import UsageError
 
@@ -56,6 +56,7 @@ def evaluate(
     ignore: Ignore = None,
     out: Out = None,
     device: Device = "auto",
+    precision: Precision = "auto",
     size: Size = None,
     tta: Tta = "none",
     offline: Offline = False,
@@ -96,7 +97,7 @@ def evaluate(
         result = run(dataset, predictions_in_folder(dataset, pred), terminal)
     else:
         file = get_model(model, terminal, offline)
-        result, about = run_model(dataset, file, device, size, tta, terminal)
+        result, about = run_model(dataset, file, device, precision, size, tta, terminal)
         about["model"] = model
     report(result, about | {"data": dataset.name, "split": dataset.split}, out, labels is None, terminal)
     if result.failed:
@@ -127,12 +128,18 @@ def parse_classes(text: str) -> Any:
 
 
 def run_model(
-    dataset: DataSet, model_file: Path, device_name: str, size: int | None, tta: str, terminal: Terminal
+    dataset: DataSet,
+    model_file: Path,
+    device_name: str,
+    precision: str,
+    size: int | None,
+    tta: str,
+    terminal: Terminal,
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Score a model; the second result says which, and how."""
     import threading
 
-    from segcli.device import describe, pick_device
+    from segcli.device import describe, pick_device, pick_precision
     from segcli.evaluation import matching_classes, predictions_of_model
     from segcli.inference.segmentation import Segmenter
     from segcli.inference.tta import variants_of
@@ -140,14 +147,16 @@ def run_model(
 
     variants_of(tta)
     device = pick_device(device_name)
+    precision = pick_precision(precision, device)
     model = load_model(model_file)
     matching_classes(model.info.class_set, dataset.class_set)
     terminal.say(
-        f"{model_file.stem} on {len(dataset.samples)} images of {dataset.name} on {describe(device)}"
+        f"{model_file.stem} on {len(dataset.samples)} images of {dataset.name} "
+        f"on {describe(device)} in {precision}"
     )
     stop = threading.Event()
     try:
-        segmenter = Segmenter(model, device, (), shorter_side=size, tta=tta)
+        segmenter = Segmenter(model, device, (), shorter_side=size, tta=tta, precision=precision)
         result = run(dataset, predictions_of_model(dataset, segmenter, stop), terminal)
     finally:
         stop.set()
@@ -155,6 +164,7 @@ def run_model(
         "sha256": model.sha256,
         "size": segmenter.preprocessing.shorter_side,
         "tta": tta,
+        "precision": precision,
     }
 
 

@@ -12,6 +12,12 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on s
 Device = Annotated[
     str, typer.Option(help="auto, cpu, cuda, cuda:N or mps; auto takes a GPU when there is one.")
 ]
+Precision = Annotated[
+    str,
+    typer.Option(
+        help="auto, fp32, bf16 or fp16 (GPU); auto takes bf16 where the hardware computes in it, else fp32."
+    ),
+]
 Model = Annotated[str, typer.Option("--model", "-m", help="A name of `segcli models list`, or a model file.")]
 Offline = Annotated[
     bool, typer.Option("--offline", help="Do not use the network; SEGCLI_OFFLINE=1 says so for all commands.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from segcli.cli.downloading import get_model
-from segcli.cli.options import Device, Json, Model, Offline, Quiet, Tta, Verbose
+from segcli.cli.options import Device, Json, Model, Offline, Precision, Quiet, Tta, Verbose
 from segcli.cli.runs import Overwrite, Workers, default_workers, refuse_empty, report, run_and_show
 from segcli.cli.terminal import Terminal
 from segcli.errors import UsageError
@@ -54,6 +54,7 @@ def predict(
     save: Save = "mask,overlay",
     overwrite: Overwrite = False,
     device: Device = "auto",
+    precision: Precision = "auto",
     batch_size: BatchSize = "auto",
     workers: Workers = None,
     size: Size = None,
@@ -94,23 +95,24 @@ def predict(
     model_file = get_model(model, terminal, offline)
     if "mask" in kinds and read_info(model_file).second_class_set:
         kinds.append("geometric")
-    if device not in ("auto", "cpu"):
-        from segcli.device import pick_device
 
-        pick_device(device)  # a GPU that is not there is an error even when there is nothing to do
+    # What cannot be had is an error even when there is nothing to do, and results depend on the precision.
+    from segcli.device import describe, pick_device, pick_precision
+
+    picked = pick_device(device)
+    precision = pick_precision(precision, picked)
 
     def start() -> Segmenter:
-        from segcli.device import describe, pick_device
         from segcli.inference.segmentation import Segmenter
         from segcli.models.checkpoint import load_model
 
         loaded = load_model(model_file)
-        picked = pick_device(device)
         images = "images" if progress.total is None else f"{progress.total:,} images"
         images = "1 image" if progress.total == 1 else images
         classes = f"{len(loaded.info.class_set)} classes"
-        terminal.say(f"Segmenting {images} with {model_file.stem} ({classes}) on {describe(picked)}.")
-        segmenter = Segmenter(loaded, picked, kinds, images_at_a_time, size, opacity, tta)
+        computing = f"on {describe(picked)} in {precision}"
+        terminal.say(f"Segmenting {images} with {model_file.stem} ({classes}) {computing}.")
+        segmenter = Segmenter(loaded, picked, kinds, images_at_a_time, size, opacity, tta, precision)
         if verbose:
             at_a_time = f"{segmenter.batch_size} at a time; workers that read: {task.workers}"
             terminal.say(
@@ -124,7 +126,13 @@ def predict(
         out=Folder(out),
         kinds=kinds,
         model=model_file.stem,
-        settings={"weights": sha256(model_file), "size": size, "tta": tta, "opacity": opacity},
+        settings={
+            "weights": sha256(model_file),
+            "size": size,
+            "tta": tta,
+            "opacity": opacity,
+            "precision": precision,
+        },
         options={
             "sources": sources or ["--list", list_file],
             "model": str(model_file),

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from segcli.models.fcn import FCN, FINAL_LAYER, Bilinear, Network, Window, position, upsampling
-from segcli.models.windowed import WindowedVGG16
 
 CORNERS = 1 << 22  # coarse scores that are looked at at a time, whatever the size of the image
 BLOCK = 1 << 16  # pixels that are interpolated at a time
@@ -46,8 +45,6 @@ class Lattice:
 
 def lattice_of(network: Network) -> Lattice | None:
     """How a network's last upsampling interpolates; None if it does something else or was learned."""
-    if isinstance(network, WindowedVGG16):
-        network = network.network
     if not isinstance(network, FCN):
         return None
     stride = network.stride

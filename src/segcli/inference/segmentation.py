@@ -26,8 +26,8 @@ from segcli.inference.decoders import Decoded
 from segcli.inference.products import encode_products
 from segcli.inference.tta import TTA, average
 from segcli.models.checkpoint import Model
+from segcli.models.prepared import prepare
 from segcli.models.preprocessing import network_size, to_tensor
-from segcli.models.windowed import windowed
 
 # PyTorch's CPU library keeps compiled code for every size of image it has seen: 1024 pieces, about 400 MB on
 # a folder of mixed sizes. A quarter of that is enough for one size of every layer. It is read at first use.
@@ -58,6 +58,7 @@ class Segmenter:
         shorter_side: Overrides the size at which the network sees images.
         opacity: Of the colours in overlays, 0 to 1.
         tta: Variants of an image whose probabilities are averaged, a key of `tta.TTA`.
+        precision: fp32, bf16 or fp16, see `device.pick_precision`.
     """
 
     def __init__(
@@ -69,12 +70,13 @@ class Segmenter:
         shorter_side: int | None = None,
         opacity: float = 0.5,
         tta: str = "none",
+        precision: str = "fp32",
     ) -> None:
-        self.network = windowed(model.network.to(device))
+        self.network = prepare(model.network, device, precision)
         self.variants = TTA[tta]
         only_labels = tta == "none" and not {"confidence", "scores"} & set(kinds)
         # On a GPU the full size costs little, and looking for borders makes it wait for the CPU.
-        self.lattice = lattice_of(self.network) if only_labels and device.type == "cpu" else None
+        self.lattice = lattice_of(model.network) if only_labels and device.type == "cpu" else None
         self.device = device
         self.classes = model.info.class_set
         self.second = model.info.second_class_set

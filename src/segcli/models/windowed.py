@@ -139,7 +139,11 @@ class WindowedVGG16(Network):
                 self.register_buffer(f"{name}_floor", -constant[:, None, None], persistent=False)
 
     def score_pyramid(self, images: Tensor) -> list[Tensor]:
-        return self.network.score_features(self.features(images))
+        return self.score_features(self.features(images))
+
+    def score_features(self, features: Features) -> list[Tensor]:
+        """The head: the score pyramid from the encoder's feature maps."""
+        return self.network.score_features(features)
 
     def upsample(self, scores: Tensor, size: tuple[int, int]) -> Tensor:
         return self.network.upsample(scores, size)
