@@ -23,7 +23,7 @@ TEMPORARY_PREFIX = ".segcli-"  # every temporary file starts with this, so that 
 
 
 @contextlib.contextmanager
-def machine_errors(path: Path, doing: str) -> Iterator[None]:
+def machine_errors(path: Path | str, doing: str) -> Iterator[None]:
     """Turn an OSError of the block into a `MachineError` that names the path and the reason."""
     try:
         yield
@@ -77,7 +77,7 @@ def require_writable(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, lock: Path) -> Iterator[None]:
+def locked(folder: Path | str, lock: Path) -> Iterator[None]:
     """Keep an output folder to this process; the system frees it when the process dies, however it dies.
 
     Args:
@@ -97,7 +97,7 @@ def locked(folder: Path, lock: Path) -> Iterator[None]:
         yield
 
 
-def _take(file: IO[str], folder: Path) -> None:
+def _take(file: IO[str], folder: Path | str) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -23,10 +23,10 @@ Masks = Annotated[
     list[str],
     typer.Argument(
         metavar="MASKS",
-        help="Masks (PNG, TIFF, .npy, ...), folders, quoted globs, or - for a list on stdin.",
+        help="Masks (PNG, TIFF, .npy, ...), folders, quoted globs, URLs of them, or - for a list on stdin.",
     ),
 ]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures; it is made when missing.")]
+Out = Annotated[str, typer.Option("--out", "-o", help="Folder or URL for the pictures; made when missing.")]
 Palette = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
@@ -82,7 +82,7 @@ def colorize(
     from segcli.inference.coloring import Colorizer, Decolorizer, Photos
     from segcli.inference.engine import Progress, Task
     from segcli.inference.sources import parse
-    from segcli.inference.storage import Folder
+    from segcli.inference.storage import open_storage
     from segcli.palettes import get_class_set
 
     terminal = Terminal(quiet, json)
@@ -91,7 +91,8 @@ def colorize(
         raise UsageError(f"--images {images}: there is no such folder")
     if to_ids:
         refuse_with_ids(classes, images, legend, boundaries)
-    found = parse(masks, None, str(out), SUFFIXES if to_ids else SUFFIXES | {".npy"})
+    results = open_storage(out)
+    found = parse(masks, None, out, SUFFIXES if to_ids else SUFFIXES | {".npy"})
     refuse_empty(found, "mask")
 
     def start() -> Colorizer | Decolorizer:
@@ -105,7 +106,7 @@ def colorize(
     progress = Progress()
     task = Task(
         sources=found,
-        out=Folder(out),
+        out=results,
         kinds=["mask"] if to_ids else ["picture", "overlay"] if images else ["picture"],
         model=f"colorize {classes.name}" if classes else "colorize",
         settings={

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
@@ -22,10 +21,10 @@ Source = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Argument(
         metavar="SOURCE",
-        help="Images, folders (with all sub-folders), quoted globs, or - for a list on stdin.",
+        help="Images, folders (with all sub-folders), quoted globs, URLs of them, or - for a list on stdin.",
     ),
 ]
-Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the masks; it is made when missing.")]
+Out = Annotated[str, typer.Option("--out", "-o", help="Folder or URL for the masks; made when missing.")]
 ListFile = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--list", help="A file with one path per line, or NUL-separated, instead of SOURCE."),
@@ -48,7 +47,7 @@ Opacity = Annotated[float, typer.Option(min=0, max=1, help="Of the colours in ov
 
 def predict(
     sources: Source = None,
-    out: Out = Path("masks"),
+    out: Out = "masks",
     list_file: ListFile = None,
     model: Model = DEFAULT_MODEL,
     save: Save = "mask,overlay",
@@ -82,7 +81,7 @@ def predict(
     from segcli.images import SUFFIXES
     from segcli.inference.engine import Progress, Task
     from segcli.inference.sources import parse
-    from segcli.inference.storage import Folder
+    from segcli.inference.storage import open_storage
     from segcli.inference.tta import variants_of
     from segcli.models.info import read_info
 
@@ -90,7 +89,8 @@ def predict(
     kinds = kinds_of(save)
     images_at_a_time = batch_size_of(batch_size)
     variants_of(tta)
-    found = parse(sources or [], list_file, str(out), SUFFIXES)
+    results = open_storage(out)
+    found = parse(sources or [], list_file, out, SUFFIXES)
     refuse_empty(found, "image")
     model_file = get_model(model, terminal, offline)
     if "mask" in kinds and read_info(model_file).second_class_set:
@@ -123,7 +123,7 @@ def predict(
     progress = Progress()
     task = Task(
         sources=found,
-        out=Folder(out),
+        out=results,
         kinds=kinds,
         model=model_file.stem,
         settings={

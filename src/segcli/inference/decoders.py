@@ -26,7 +26,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ import segcli
 from segcli.errors import MachineError
 from segcli.inference.ahead import Ahead
 from segcli.inference.decode_worker import Array, decode, receive, seconds_for, send
+from segcli.inference.fetching import Fetcher
 from segcli.inference.sources import Input
 from segcli.inference.storage import Content
 
@@ -78,15 +79,22 @@ class Decoders:
         reader: What the files are, a key of `decode_worker.READERS`.
         stop: Set by anyone to end `run` early.
         program: The command that starts a worker; the number of its socket is appended.
+        remote: Whether there may be files below URLs, which have to be fetched first.
     """
 
     def __init__(
-        self, count: int, reader: str, stop: threading.Event, program: Sequence[str] = PROGRAM
+        self,
+        count: int,
+        reader: str,
+        stop: threading.Event,
+        program: Sequence[str] = PROGRAM,
+        remote: bool = False,
     ) -> None:
         self._count = count
         self._reader = reader
         self._stop = stop
         self._program = program
+        self._remote = remote
         self._workers: list[_Worker] = []
         self._selector = selectors.DefaultSelector()
         self._failed_starts = 0
@@ -96,7 +104,7 @@ class Decoders:
     def run(self, items: Ahead[Input]) -> Iterator[Decoded]:
         """Read every item, several at a time, and yield each when it is done."""
         try:
-            yield from self._run_here(items) if self._count == 0 else self._run_in_workers(items)
+            yield from self._run_fetching(items) if self._remote else self._run(items)
         finally:
             self.kill()
             for worker in self._workers:
@@ -115,6 +123,15 @@ class Decoders:
         for worker in list(self._workers):
             worker.process.kill()
 
+    def _run_fetching(self, items: Ahead[Input]) -> Iterator[Decoded]:
+        with Fetcher(self._stop) as fetcher:
+            for decoded in self._run(Ahead(fetcher.fetched(items), 1, self._stop)):
+                fetcher.drop(decoded.item)
+                yield decoded
+
+    def _run(self, items: Ahead[Input]) -> Iterator[Decoded]:
+        return self._run_here(items) if self._count == 0 else self._run_in_workers(items)
+
     def _run_here(self, items: Ahead[Input]) -> Iterator[Decoded]:
         room = 0
 
@@ -126,7 +143,10 @@ class Decoders:
             room = pixels
 
         for item in items:
-            header, pixels = decode(item.source, self._reader, ask)
+            if item.problem:
+                yield Decoded(item, problem=item.problem)
+                continue
+            header, pixels = decode(item.path, self._reader, ask)
             yield _decoded(item, header, pixels, room)
             room = 0
 
@@ -143,7 +163,10 @@ class Decoders:
                     break
                 if item is None:
                     break
-                waiting.append(item)
+                if item.problem:
+                    yield Decoded(item, problem=item.problem)
+                else:
+                    waiting.append(item)
             free = [worker for worker in self._workers if worker.item is None]
             for worker in free:
                 if worker.ready and waiting:
@@ -164,11 +187,11 @@ class Decoders:
 
     def _assign(self, worker: _Worker, item: Input) -> None:
         try:
-            worker.limit = seconds_for(os.stat(item.source).st_size)
+            worker.limit = seconds_for(os.stat(item.path).st_size)
         except OSError:
             worker.limit = seconds_for(0)
         worker.item, worker.spent = item, 0
-        self._tell(worker, {"path": item.source, "reader": self._reader, "seconds": worker.limit})
+        self._tell(worker, {"path": item.path, "reader": self._reader, "seconds": worker.limit})
 
     def _listen(self, worker: _Worker) -> Iterator[Decoded]:
         """Take one message of a worker, or its end."""
@@ -258,11 +281,16 @@ def _decoded(item: Input, header: dict[str, Any], pixels: Array | None, room: in
         pixels,
         header["problem"],
         tuple(header["notes"]),
-        Content(**content) if content else None,
+        _state(item, Content(**content)) if content else None,
         header["milliseconds"],
         room,
         palette,
     )
+
+
+def _state(item: Input, found: Content) -> Content:
+    """What the manifest notes of an input: of one below a URL what the store said, and what the copy held."""
+    return found if item.listed is None else replace(item.listed, sha256=found.sha256)
 
 
 def _how(code: int) -> str:

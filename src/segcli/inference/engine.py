@@ -74,7 +74,7 @@ def run(task: Task[R], progress: Progress) -> None:
         MachineError: The disk is full, ...; what was done before is noted.
     """
     stop = threading.Event()
-    decoders = Decoders(task.workers, task.reader, stop)
+    decoders = Decoders(task.workers, task.reader, stop, remote=task.sources.may_be_remote)
     with Interrupts(stop, decoders.kill) as interrupts, open_manifest(task.out) as manifest:
         if len(manifest) and not task.overwrite:
             refuse_other_settings(task.out, task.settings)

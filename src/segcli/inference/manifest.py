@@ -32,7 +32,7 @@ from segcli.errors import UsageError
 from segcli.files import TEMPORARY_PREFIX, machine_errors
 from segcli.inference.layout import MANIFEST_FILE, PRODUCTS, RUN_FILE, RUN_FOLDER, file_of, mask_of
 from segcli.inference.sources import Input
-from segcli.inference.storage import Content, Storage, content_now
+from segcli.inference.storage import Content, Storage, absolute, content_now, exists
 
 Status = Literal["done", "skipped", "failed"]
 
@@ -56,7 +56,7 @@ class Entry:
     files: Mapping[str, Content] = field(default_factory=dict)  # by what was saved: "mask", "overlay", ...
 
     def line(self) -> bytes:
-        return json.dumps(vars(self), default=vars).encode() + b"\n"
+        return json.dumps(vars(self), default=_values).encode() + b"\n"
 
     @classmethod
     def parse(cls, line: bytes) -> Entry | None:
@@ -69,6 +69,12 @@ class Entry:
             return cls(**values)
         except (ValueError, TypeError, AttributeError):
             return None
+
+
+def _values(content: Content) -> dict[str, Any]:
+    """What a line says of a file. Files of this machine have no ETag, and do not say so a million times."""
+    values = vars(content)
+    return values if content.etag else {name: value for name, value in values.items() if name != "etag"}
 
 
 def digest(settings: Mapping[str, Any]) -> str:
@@ -245,10 +251,10 @@ def finished_entry(
     """
     if entry is None:
         return None
-    source = os.path.abspath(item.source)
-    now = content_now(item.source, entry.input)
+    source = absolute(item.source)
+    now = content_now(item.source, entry.input, item.listed)
     changed = now is None or entry.input is None or now.sha256 != entry.input.sha256
-    if changed and entry.source != source and os.path.lexists(entry.source):
+    if changed and entry.source != source and exists(entry.source):
         raise FileExistsError(entry.source)
     if changed or entry.settings != settings:
         return None

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import itertools
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +25,7 @@ from segcli.inference.decoders import Decoded, Decoders
 from segcli.inference.layout import file_of
 from segcli.inference.manifest import Entry, digest
 from segcli.inference.sources import Input, Sources
-from segcli.inference.storage import Storage
+from segcli.inference.storage import Storage, absolute
 
 R = TypeVar("R")
 Note = Callable[[str, Entry], None]  # gets the source as given, and its entry; called from several threads
@@ -98,7 +97,8 @@ def work_through(
         if stop.is_set():
             return
         work = start()
-        slots = threading.Semaphore(2 * task.writers)
+        count = max(task.writers, task.out.at_a_time)
+        slots = threading.Semaphore(2 * count)
 
         def finish(picture: Decoded, result: R | ImageError) -> None:
             try:
@@ -110,7 +110,7 @@ def work_through(
                 decoders.release(picture)
                 slots.release()
 
-        with ThreadPoolExecutor(task.writers) as writers:
+        with ThreadPoolExecutor(count) as writers:
             for picture, result in work.compute(pictures):
                 slots.acquire()
                 writers.submit(finish, picture, result)
@@ -124,7 +124,7 @@ def work_through(
 def failed(task: Task[Any], source: str, reason: str, picture: Decoded | None = None) -> Entry:
     """The entry of an input without a result."""
     return Entry(
-        source=os.path.abspath(source),
+        source=absolute(source),
         output=None,
         status="failed",
         reason=reason,
@@ -172,7 +172,7 @@ def _written(task: Task[R], work: Work[R], picture: Decoded, result: R | ImageEr
     assert picture.pixels is not None
     height, width = picture.pixels.shape[:2]
     return Entry(
-        source=os.path.abspath(item.source),
+        source=absolute(item.source),
         output=file_of(item.output, next(iter(written))),
         status="done",
         width=width,

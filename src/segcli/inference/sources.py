@@ -14,7 +14,8 @@ whether its folder, a glob or the file itself is given, today or after a crash:
     notes.dat, given by name  -> notes.dat.png            a file given by name is always an input
 
 Paths are plain strings here: undecodable bytes in a name survive as surrogate escapes, and a hundred
-thousand of them stay cheap.
+thousand of them stay cheap. What is said of folders and files holds for URLs, too: s3://bucket/photos is a
+folder, and so that nothing of a cloud is imported for files of this machine, `remote` is imported late.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from __future__ import annotations
 import difflib
 import functools
 import hashlib
+import itertools
 import os
 import re
 import stat
@@ -33,13 +35,16 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import BinaryIO
 
-from segcli.errors import UsageError
+from segcli.errors import ImageError, UsageError
 from segcli.files import TEMPORARY_PREFIX
 from segcli.inference.layout import RESERVED, RUN_FILE, RUN_FOLDER
 from segcli.inference.seen import Seen
+from segcli.inference.storage import Content, absolute, canonical, exists, is_url
 
+ObjectsIn = Callable[[str, frozenset[str]], tuple[dict[str, str], dict[str, Content]]]
 NamesIn = Callable[[str, frozenset[str]], dict[str, str]]
 
+WILDCARD = re.compile(r"[*?\[]")
 LONGEST_NAME = 255  # bytes, on every file system in common use
 MASK_SUFFIX = ".png"
 
@@ -51,6 +56,13 @@ class Input:
     source: str  # the path to open, as the user would write it
     output: str  # where its mask goes, below the output folder, with "/": "a/b.png"
     problem: str = ""  # the reason why it cannot be read, where looking at the folder was enough to know
+    listed: Content | None = None  # its state when its folder was listed, where it lies below a URL
+    copy: str = ""  # the file of this machine that holds what lies below a URL
+
+    @property
+    def path(self) -> str:
+        """The file to open."""
+        return self.copy or self.source
 
 
 @dataclass
@@ -91,6 +103,11 @@ class Sources:
     out: str  # absolute and without links; nothing inside it is ever an input
     suffixes: frozenset[str]  # lower-case suffixes of images, with the dot
 
+    @property
+    def may_be_remote(self) -> bool:
+        """Whether there can be inputs below URLs."""
+        return any(kind == "list" or is_url(path) for kind, path in self.entries)
+
 
 def parse(sources: Sequence[str], list_file: str | None, out: str, suffixes: frozenset[str]) -> Sources:
     """Check the sources of the command line and find the folder below which the tree is kept.
@@ -108,7 +125,9 @@ def parse(sources: Sequence[str], list_file: str | None, out: str, suffixes: fro
         raise UsageError(
             "give either SOURCE (files, folders, globs, or - for a list on stdin) or --list FILE"
         )
-    given_out, out = out, os.path.realpath(out)
+    sources = [canonical(source) for source in sources]
+    given_out, out = out, canonical(out)
+    out = out.rstrip("/") if is_url(out) else os.path.realpath(out)
     if list_file is not None:
         if not os.path.isfile(list_file):
             raise UsageError(f"--list {list_file}: no such file{_nearest(list_file)}")
@@ -120,11 +139,11 @@ def parse(sources: Sequence[str], list_file: str | None, out: str, suffixes: fro
             )
         return Sources((("list", "-"),), os.getcwd(), out, suffixes)
 
-    unique = {os.path.abspath(source): source for source in reversed(sources)}
+    unique = {absolute(source): source for source in reversed(sources)}
     entries = [(_kind(source), source) for source in reversed(unique.values())]
     anchors = [_anchor(kind, source) for kind, source in entries]
     for anchor, (kind, source) in zip(anchors, entries, strict=True):
-        real = os.path.realpath(anchor)
+        real = anchor if is_url(anchor) else os.path.realpath(anchor)
         if real == out:
             raise UsageError(
                 f"--out {given_out} is the folder of the input {source}; inputs are never written over.\n"
@@ -140,12 +159,12 @@ def parse(sources: Sequence[str], list_file: str | None, out: str, suffixes: fro
                 f"--out {given_out} lies in the input {source} and holds images that segcli did not write.\n"
                 "Choose a new or an empty folder."
             )
-    base = os.path.commonpath(anchors)
-    folders = [os.path.abspath(path) for kind, path in entries if kind == "folder"]
+    base = _common(anchors)
+    folders = [absolute(path).rstrip("/") for kind, path in entries if kind == "folder"]
     kept = [
         (kind, path)
         for (kind, path), anchor in zip(entries, anchors, strict=True)
-        if not any(_inside(os.path.abspath(path), folder) for folder in folders)  # it is found there
+        if not any(_inside(absolute(path), folder) for folder in folders)  # it is found there
     ]
     return Sources(tuple(kept), base, out, suffixes)
 
@@ -159,22 +178,32 @@ def discover(sources: Sources, passed_over: PassedOver) -> Iterator[Input]:
     """
     seen: set[tuple[int, int]] = set()  # folders reached through links
     names_in = functools.lru_cache(maxsize=32)(_names_in)
+    objects_in = functools.lru_cache(maxsize=2)(_objects_in)
+
+    def walk(root: str) -> Iterator[Input]:
+        if is_url(root):
+            return _walk_url(root.rstrip("/"), sources, passed_over)
+        return _walk(root, sources, passed_over, seen)
+
+    def by_name(path: str) -> Input:
+        return _object(path, sources, objects_in) if is_url(path) else _by_name(path, sources, names_in)
+
     for kind, path in sources.entries:
         if kind == "folder":
-            yield from _walk(path, sources, passed_over, seen)
+            yield from walk(path)
         elif kind == "glob":
             root = _fixed_part(path)
-            pattern = os.path.relpath(path, root).split(os.sep)
-            for found in _walk(root, sources, passed_over, seen):
-                if _matches(os.path.relpath(found.source, root).split(os.sep), pattern):
+            pattern = _relative(path, root).split("/")
+            for found in walk(root):
+                if _matches(_relative(found.source, root).split("/"), pattern):
                     yield found
         elif kind == "file":
-            yield _by_name(path, sources, names_in)
+            yield by_name(path)
         else:
             seen_names = Seen()
-            for line in _listed(path):
-                if seen_names.add(os.path.abspath(line)):
-                    yield _by_name(line, sources, names_in)
+            for line in map(canonical, _listed(path)):
+                if seen_names.add(absolute(line)):
+                    yield by_name(line)
 
 
 def name_masks(images: Iterable[str], folders: Iterable[str] = ()) -> dict[str, str]:
@@ -287,6 +316,84 @@ def _by_name(path: str, sources: Sources, names_in: NamesIn) -> Input:
     return Input(path, _output(below, mask or name), problem)
 
 
+def _walk_url(root: str, sources: Sources, passed_over: PassedOver) -> Iterator[Input]:
+    """The same as `_walk`, for objects: there are no links, and every name is UTF-8."""
+    root_is_output = exists(f"{root}/{RUN_FOLDER}/{RUN_FILE}")
+    pending = [root]
+    while pending:
+        folder = pending.pop()
+        below = _below(folder, sources.base)
+        try:
+            objects, subfolders, others, hidden = _list_url(folder, sources.suffixes)
+        except ImageError as error:
+            yield Input(folder, _output(below, ""), str(error))
+            continue
+        if folder != root and RUN_FOLDER in subfolders and exists(f"{folder}/{RUN_FOLDER}/{RUN_FILE}"):
+            passed_over.outputs += 1
+            continue
+        passed_over.suffixes += others
+        passed_over.hidden += hidden
+        names = name_masks(sorted(objects), subfolders)
+        for name, mask in names.items():
+            yield Input(f"{folder}/{name}", _output(below, mask), listed=objects[name])
+        for name in sorted(subfolders, reverse=True):
+            inner = f"{folder}/{name}"
+            if not name:
+                yield Input(inner, "", "a name with // in it has no place in a tree of folders")
+            elif inner == sources.out or (folder == root and root_is_output and name.startswith("_")):
+                passed_over.outputs += 1
+            else:
+                pending.append(inner)
+
+
+def _list_url(
+    folder: str, suffixes: frozenset[str]
+) -> tuple[dict[str, Content], list[str], Counter[str], int]:
+    """Images with their states, sub-folders, the suffixes of other objects, and how many are hidden.
+
+    Raises:
+        ImageError: The folder cannot be listed.
+        MachineError: The store cannot be reached.
+    """
+    from segcli.inference import remote
+
+    images: dict[str, Content] = {}
+    subfolders: list[str] = []
+    others: Counter[str] = Counter()
+    hidden = 0
+    for name, found in remote.listing(folder):
+        if name.startswith("."):
+            hidden += not name.startswith(TEMPORARY_PREFIX)
+        elif found is None:
+            subfolders.append(name)
+        elif (suffix := os.path.splitext(name)[1].lower()) in suffixes:
+            images[name] = found
+        else:
+            others[suffix] += 1
+    return images, subfolders, others, hidden
+
+
+def _object(url: str, sources: Sources, objects_in: ObjectsIn) -> Input:
+    """An object that was given by its name: on the command line or in a list."""
+    folder, _, name = url.rpartition("/")
+    below = _below(folder, sources.base)
+    if {"", ".", ".."} & set(url.partition("://")[2].lstrip("/").split("/")):
+        return Input(url, "", "a name with //, . or .. in it has no place in a tree of folders")
+    try:
+        names, objects = objects_in(folder, sources.suffixes)
+    except ImageError as error:
+        return Input(url, "", str(error))
+    problem = "" if name in objects else "no such object"
+    if _inside(url, sources.out):
+        problem = "lies in the output folder, and outputs are never inputs"
+    return Input(url, _output(below, names.get(name) or _candidate(name, 1)), problem, objects.get(name))
+
+
+def _objects_in(folder: str, suffixes: frozenset[str]) -> tuple[dict[str, str], dict[str, Content]]:
+    objects, subfolders, _, _ = _list_url(folder, suffixes)
+    return name_masks(sorted(objects), subfolders), objects
+
+
 def _names_in(folder: str, suffixes: frozenset[str]) -> dict[str, str]:
     try:
         with os.scandir(folder) as scan:
@@ -332,15 +439,28 @@ def _paths(lines: Iterable[bytes], separator: bytes) -> Iterator[str]:
 
 
 def _kind(source: str) -> str:
+    if is_url(source):
+        return _kind_of_url(source)
     if os.path.isdir(source):
         return "folder"
     if os.path.isfile(source):
         return "file"
     if os.path.lexists(source):
         raise UsageError(f"{source} is {_problem(source)}; give files, folders or globs")
-    if re.search(r"[*?\[]", source) and os.path.isdir(_fixed_part(source)):
+    if WILDCARD.search(source) and os.path.isdir(_fixed_part(source)):
         return "glob"
     raise UsageError(f"no such file or folder: {source}{_nearest(source)}")
+
+
+def _kind_of_url(source: str) -> str:
+    from segcli.inference import remote
+
+    kind = remote.kind_of(source)
+    if not kind and WILDCARD.search(source) and remote.kind_of(_fixed_part(source)) == "folder":
+        return "glob"
+    if not kind:
+        raise UsageError(f"there is no object, and none in a folder, named {source}")
+    return kind
 
 
 def _nearest(path: str) -> str:
@@ -355,14 +475,28 @@ def _nearest(path: str) -> str:
 def _anchor(kind: str, source: str) -> str:
     """The folder below which the tree of one source is kept."""
     if kind == "folder":
-        return os.path.abspath(source)
-    return os.path.abspath(os.path.dirname(source) if kind == "file" else _fixed_part(source))
+        return absolute(source).rstrip("/") or "/"
+    return absolute(os.path.dirname(source) if kind == "file" else _fixed_part(source))
+
+
+def _common(anchors: Sequence[str]) -> str:
+    """The folder that holds all of them."""
+    if not any(map(is_url, anchors)):
+        return os.path.commonpath(anchors)
+    columns = zip(*(anchor.split("/") for anchor in anchors), strict=False)
+    common = [column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, columns)]
+    if not common:
+        raise UsageError(
+            "sources of different kinds (folders of this machine, s3://, ...) have no folder in common;\n"
+            "give them one after the other, or as a list with --list"
+        )
+    return "/".join(common)
 
 
 def _fixed_part(pattern: str) -> str:
     """The folder before the first wildcard of a glob."""
     parts = pattern.split(os.sep)
-    first = next(number for number, part in enumerate(parts) if re.search(r"[*?\[]", part))
+    first = next(number for number, part in enumerate(parts) if WILDCARD.search(part))
     return os.sep.join(parts[:first]) or (os.sep if pattern.startswith(os.sep) else ".")
 
 
@@ -389,9 +523,20 @@ def _output(below: str, name: str) -> str:
 
 def _below(folder: str, base: str) -> str:
     """The folder relative to the base; a folder elsewhere keeps its whole path, without the root."""
+    if is_url(folder):
+        inside = _inside(folder, base)
+        return folder[len(base.rstrip("/")) + 1 :] if inside else "." if folder == base else _path_of(folder)
     if folder == base or _inside(folder, base):
         return os.path.relpath(folder, base)
     return os.path.splitdrive(folder)[1].lstrip(os.sep) or os.curdir
+
+
+def _relative(path: str, folder: str) -> str:
+    return _below(path, folder) if is_url(path) else os.path.relpath(path, folder)
+
+
+def _path_of(url: str) -> str:
+    return url.partition("://")[2].strip("/") or os.curdir
 
 
 def _inside(path: str, folder: str) -> bool:
@@ -423,6 +568,9 @@ def _leads_back(link: os.DirEntry[str], real_root: str, out: str, seen: set[tupl
 
 
 def _holds_foreign_images(out: str, suffixes: frozenset[str]) -> bool:
+    if is_url(out):
+        own = Sources((("folder", out),), out, "", suffixes)
+        return not exists(f"{out}/{RUN_FOLDER}") and next(discover(own, PassedOver()), None) is not None
     if not os.path.isdir(out) or os.path.isdir(os.path.join(out, RUN_FOLDER)):
         return False
     return any(

@@ -1,7 +1,8 @@
-"""Where results are kept, and how their state is told: a folder of this machine is one `Storage`.
+"""Where results are kept, and how the state of a file is told: a folder of this machine is one `Storage`.
 
-Every name is relative to the output folder and has "/": "a/b.png", "_run/run.json". What a `Storage`
-promises: a name holds either what it held before or all of what was written; only one run writes at a time.
+Every name is relative to the output folder and has "/": "a/b.png", "_run/run.json". A `Storage` promises that
+a name holds either what it held before or all of what was written, and that one run at a time writes there.
+What lies below a URL is in `remote.py`, which is imported when the first URL is met.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from segcli.errors import MachineError
 from segcli.files import locked, remove_leftovers, sha256, write_atomic
 from segcli.inference.layout import LOCK_FILE, MANIFEST_FILE, RUN_FOLDER
 
+ALIASES = {"s3a": "s3", "gcs": "gs"}
+
 
 @dataclass(frozen=True)
 class Content:
@@ -28,10 +31,13 @@ class Content:
     mtime_ns: int
     ctime_ns: int
     sha256: str
+    etag: str = ""  # what an object store calls this state; "" on a disk
 
 
 class Storage(Protocol):
     """Where results are kept. `str` is its name as the user wrote it."""
+
+    at_a_time: int  # writes that it takes at a time before more make it no faster
 
     def place(self, name: str) -> str:
         """The name of a file for people."""
@@ -66,8 +72,53 @@ class Storage(Protocol):
         """The manifest is complete: make it the one that everybody sees. Only while it is `opened`."""
 
 
+def is_url(path: str) -> bool:
+    """Whether a path names something that is not on a disk of this machine."""
+    return "://" in path and path.partition("://")[0].isalnum()
+
+
+def canonical(path: str) -> str:
+    """One way to write a path: file:// is a path of this machine, and s3a and gcs are s3 and gs."""
+    if not is_url(path):
+        return path
+    protocol, _, rest = path.partition("://")
+    if protocol.lower() in ("file", "local"):
+        return rest
+    return f"{ALIASES.get(protocol.lower(), protocol.lower())}://{rest}"
+
+
+def absolute(path: str) -> str:
+    """The path of an input as the manifest notes it."""
+    return path if is_url(path) else os.path.abspath(path)
+
+
+def exists(path: str) -> bool:
+    """Whether there is anything under a name."""
+    if is_url(path):
+        from segcli.inference import remote
+
+        return bool(remote.kind_of(path))
+    return os.path.lexists(path)
+
+
+def open_storage(out: str) -> Storage:
+    """The output folder of a path or a URL.
+
+    Raises:
+        UsageError: Packages that a URL needs are not installed.
+    """
+    out = canonical(out)
+    if is_url(out):
+        from segcli.inference.remote import RemoteFolder
+
+        return RemoteFolder(out)
+    return Folder(Path(out))
+
+
 class Folder:
     """A folder of this machine."""
+
+    at_a_time = 2
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -119,8 +170,18 @@ def describe(path: Path, data: bytes) -> Content:
     return Content(status.st_size, status.st_mtime_ns, status.st_ctime_ns, hashlib.sha256(data).hexdigest())
 
 
-def content_now(path: str, before: Content | None) -> Content | None:
-    """The present state of a file; it is hashed only when its size and times are not those noted."""
+def content_now(path: str, before: Content | None, listed: Content | None = None) -> Content | None:
+    """The present state of a file; it is hashed only when its size and times are not those noted.
+
+    Args:
+        path: The file.
+        before: Its state as it was noted.
+        listed: What lies below a URL: its state as its folder was listed.
+    """
+    if listed is not None:
+        from segcli.inference import remote
+
+        return remote.content_now(path, listed, before)
     try:
         status = os.stat(path)
         if before is not None and _same(status, before):
