@@ -500,6 +500,11 @@ def test_nothing_is_printed_about_damaged_files(tmp_path: Path) -> None:
         b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\x01\x03\0\xff\xff\xff\xff\x06\0\0\0"  # more values than there are
     )
     names.append(str(save(tmp_path / "exif.jpg", CAT, exif=exif)))
+    three, many = (struct.pack("<HHIHH", 277, 3, 1, samples, 0) for samples in (3, 65535))
+    samples = save(tmp_path / "samples.tif", CAT)
+    assert three in samples.read_bytes()
+    samples.write_bytes(samples.read_bytes().replace(three, many))  # what Pillow logs about it is not shown
+    names.append(str(samples))
     code = """
 import sys, pathlib
 from segcli.images import read_image

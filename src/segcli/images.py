@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import io
+import logging
 import re
 import stat
 import warnings
@@ -38,6 +39,7 @@ MAX_PIXELS = 2**28  # 268 megapixels: every camera's pictures, and 0.8 GB of RGB
 Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 # Pillow's remarks on odd files (corrupt EXIF, ...) would reach the terminal; here a file is read or reported.
 warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 with contextlib.suppress(OSError, AttributeError):  # and libtiff, inside Pillow, prints by itself
     _set_handler = ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler
     _set_handler.argtypes, _set_handler.restype = [ctypes.c_void_p], ctypes.c_void_p
