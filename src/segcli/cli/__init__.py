@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from segcli import __version__
+from segcli.cli.bench import bench
 from segcli.cli.colorize import colorize
 from segcli.cli.data import app as data_app
 from segcli.cli.evaluate import evaluate
@@ -53,6 +54,7 @@ app.command()(evaluate)
 app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models")
 app.command()(inspect)
+app.command()(bench)
 
 
 def main(argv: Sequence[str] | None = None) -> Any:

@@ -94,7 +94,7 @@ class Segmenter:
             start = time.perf_counter()
             with torch.inference_mode():
                 scores = self.scores([_pixels(picture) for picture in batch])
-                results = [self._result(picture, found) for picture, found in zip(batch, scores, strict=True)]
+                results = [self.result(picture, found) for picture, found in zip(batch, scores, strict=True)]
             milliseconds = (time.perf_counter() - start) * 1e3 / len(batch)
             for picture, result in zip(batch, results, strict=True):
                 picture.milliseconds += milliseconds
@@ -164,7 +164,8 @@ class Segmenter:
             return list(self.network.score_pyramid(batch)[-1])
         return list(average(self.network, batch, self.variants, self.heads))
 
-    def _result(self, picture: Decoded, scores: Tensor | ImageError) -> Segmentation | ImageError:
+    def result(self, picture: Decoded, scores: Tensor | ImageError) -> Segmentation | ImageError:
+        """The segmentation of a picture from its `scores`."""
         if isinstance(scores, ImageError):
             return scores
         height, width = _pixels(picture).shape[:2]
