@@ -158,14 +158,21 @@ class WindowedVGG16(Network):
         for stage, y, x in zip(STAGES, trace(height), trace(width), strict=True):
             if any(x.widened + y.widened):
                 u = F.pad(u, x.widened + y.widened)
-            for name in convolution_names(stage):
-                u = self._convolve_window(u, name)
-            u = F.max_pool2d(u, 2)
+            u = self.compute_window(u, stage)
             if stage in SEEN_WHOLE:
                 maps[stage] = empty[stage].to(u.dtype) + F.pad(u, x.outside + y.outside)
-        pool5 = self.network.encode_stage(maps[4], 5)
-        fc7 = self._convolution("fc7")(self._fc6(pool5)).relu_()
-        return Features(pool3=maps[3], pool4=maps[4], fc7=fc7)
+        return Features(pool3=maps[3], pool4=maps[4], fc7=self.compute_whole(maps[4]))
+
+    def compute_window(self, u: Tensor, stage: int) -> Tensor:
+        """What a stage (1 to 4) makes of its widened window; both are differences."""
+        for name in convolution_names(stage):
+            u = self._convolve_window(u, name)
+        return F.max_pool2d(u, 2)
+
+    def compute_whole(self, pool4: Tensor) -> Tensor:
+        """fc7 of the whole canvas from pool4: stage 5, fc6 and fc7."""
+        pool5 = self.network.encode_stage(pool4, 5)
+        return self._convolution("fc7")(self._fc6(pool5)).relu_()
 
     def _convolution(self, name: str) -> nn.Conv2d:
         layer = self.network.get_submodule(name)
