@@ -183,22 +183,43 @@ def png_of(width: int, height: int, rows: bytes, bits: int = 8, color: int = 0) 
 def bombs() -> dict[str, bytes]:
     """Small files that promise, or unpack to, more pixels than any picture has."""
     zeros = zlib.compress(bytes(20_000 * 2501), 9)  # 20000 rows of 1-bit pixels: 400 megapixels
-    text = zlib.compress(bytes(50_000_000), 9)
-    chunk = b"zTXt" + b"Comment\0\0" + text
-    ztxt = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    much = zlib.compress(bytes(50_000_000), 9)
     small = encoded(Image.new("L", (8, 8)), "PNG")
+    jpeg = encoded(Image.new("L", (8, 8)), "JPEG")
+    size = jpeg.index(b"\xff\xc0") + 5  # height and width in the header of the frame
+    tiff = big_endian_tiff(np.zeros((1, 1), np.uint8))
+    width, strips = struct.pack(">HHIHH", 256, 3, 1, 1, 0), struct.pack(">HHI", 273, 4, 1)
+
+    def bitmap(bits: int, compression: int) -> bytes:
+        header = struct.pack("<IHHIIiiHHI", 54, 0, 0, 54, 40, 60_000, 60_000, 1, bits, compression)
+        return b"BM" + header + bytes(20)
+
+    def with_chunk(content: bytes) -> bytes:
+        """The small picture with one more chunk: its kind and what is in it."""
+        chunk = struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
+        return small[:33] + chunk + small[33:]
+
     return {
         "promise.png": png_of(100_000, 100_000, zlib.compress(bytes(1000))),
         "limit.png": png_of(2**31 - 1, 2**31 - 1, b""),
+        "wide.png": png_of(2**31 - 1, 1, zlib.compress(bytes(1000))),
+        "tall.png": png_of(1, 2**31 - 1, zlib.compress(bytes(1000))),
         "real.png": png_of(20_000, 20_000, zeros, bits=1),
-        "text.png": small[:33] + ztxt + small[33:],
-        "promise.bmp": b"BM"
-        + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 60_000, 60_000, 1, 24, *[0] * 6),
+        "text.png": with_chunk(b"zTXtComment\0\0" + much),
+        "international.png": with_chunk(b"iTXtComment\0\1\0\0\0" + much),
+        "profile.png": with_chunk(b"iCCPprofile\0\0" + much),
+        "promise.jpg": jpeg[:size] + struct.pack(">HH", 65_500, 65_500) + jpeg[size + 4 :],
+        "promise.bmp": bitmap(24, 0),
+        "runs.bmp": bitmap(8, 1) + bytes(1024) + b"\xff\0\0\1",
         "promise.gif": b"GIF89a"
         + struct.pack("<HH", 65535, 65535)
         + encoded(Image.new("P", (9, 9)), "GIF")[10:],
         "promise.ppm": b"P6 60000 60000 255\n" + bytes(100),
-        "promise.tif": big_endian_tiff(np.zeros((1, 1), np.uint8)).replace(
-            struct.pack(">HHIHH", 256, 3, 1, 1, 0), struct.pack(">HHII", 256, 4, 1, 100_000_000)
-        ),
+        "plain.ppm": b"P3 60000 60000 255\n0 0 0",
+        "deep.pgm": b"P5 40000 40000 65535\n" + bytes(100),
+        "promise.pbm": b"P4 60000 60000\n" + bytes(100),
+        "promise.pfm": b"Pf\n60000 60000\n-1\n" + bytes(100),
+        "promise.tif": tiff.replace(width, struct.pack(">HHII", 256, 4, 1, 100_000_000)),
+        "strips.tif": tiff.replace(strips, struct.pack(">HHI", 273, 4, 2**30)),
+        "real.tif": encoded(Image.new("1", (20_000, 20_000)), "TIFF", compression="tiff_adobe_deflate"),
     }

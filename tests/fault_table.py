@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
 
 FULL = os.environ.get("SEGCLI_FAULTS") == "full"
 FIGURES: dict[str, list[bool]] = {}  # row and fault -> one value per try: whether it was survived
@@ -25,6 +29,9 @@ class Row(contextlib.ContextDecorator):
 
     def __init__(self, name: str) -> None:
         self.results = FIGURES.setdefault(name, [])
+
+    def __call__(self, test: Callable[..., Any]) -> Callable[..., Any]:
+        return pytest.mark.faults(super().__call__(test))
 
     def __enter__(self) -> None:
         self.results.append(False)

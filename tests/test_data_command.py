@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fault_table import Row
 from PIL import Image, ImageDraw
 
 from segcli import downloads
@@ -532,7 +533,11 @@ BAD_ARCHIVES = {
 }
 
 
+ROW = Row("20 archives that reach outside, hold devices or links, are bombs or cut off")
+
+
 @pytest.mark.parametrize("name", BAD_ARCHIVES)
+@ROW
 def test_bad_archives_leave_nothing_behind(name: str, tmp_path: Path) -> None:
     archive, folder = tmp_path / "x.tar", tmp_path / "a/b/target"
     archive.write_bytes(BAD_ARCHIVES[name])
@@ -545,6 +550,7 @@ def test_bad_archives_leave_nothing_behind(name: str, tmp_path: Path) -> None:
     assert (tmp_path / "outside.txt").read_text() == "mine"
 
 
+@ROW
 def test_an_absolute_name_stays_inside(tmp_path: Path) -> None:
     target = tmp_path / "elsewhere/evil"
     (tmp_path / "x.tar").write_bytes(tar_of({str(target): b"x"}))

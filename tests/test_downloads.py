@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fault_table import Row
 from loopback import Answer, Handler, Server, give, serving
 
 from segcli import downloads
@@ -24,6 +25,9 @@ SHA256 = "sha256:" + hashlib.sha256(BODY).hexdigest()
 MD5 = "md5:" + hashlib.md5(BODY).hexdigest()
 HALF = 300_000
 whole = give(BODY)
+
+
+ROW = Row("21 downloads: short, reset, stalled, wrong, refused, changed, two at once")
 
 
 def reset(handler: Handler) -> None:
@@ -144,7 +148,8 @@ def test_a_whole_file(server: Server, tmp_path: Path, checksum: str | None) -> N
 
 
 @pytest.mark.parametrize("broken", [short, cut, stalls])
-@pytest.mark.parametrize("checksum", [None, SHA256])
+@pytest.mark.parametrize("checksum", [None, SHA256, MD5])
+@ROW
 def test_a_broken_try_is_continued(
     server: Server, tmp_path: Path, broken: Answer, checksum: str | None
 ) -> None:
@@ -159,7 +164,10 @@ def test_a_broken_try_is_continued(
     assert names(tmp_path) == ["file.bin"]
 
 
-@pytest.mark.parametrize("broken", [short, cut, stalls, chunked_cut, wrong_content, error(500), error(503)])
+@pytest.mark.parametrize(
+    "broken", [short, cut, stalls, chunked_cut, wrong_content, *map(error, (429, 500, 502, 503))]
+)
+@ROW
 def test_three_tries_and_no_file(server: Server, tmp_path: Path, broken: Answer) -> None:
     server.script = [broken]
     with pytest.raises(MachineError) as caught:
@@ -173,7 +181,8 @@ def test_three_tries_and_no_file(server: Server, tmp_path: Path, broken: Answer)
     assert caught.value.exit_code == 3
 
 
-@pytest.mark.parametrize("refusal", [error(404), error(403), page])
+@pytest.mark.parametrize("refusal", [error(401), error(403), error(404), error(410), page])
+@ROW
 def test_a_refusal_is_not_asked_again(server: Server, tmp_path: Path, refusal: Answer) -> None:
     server.script = [refusal]
     with pytest.raises(MachineError, match=r"\(1 try\)"):
@@ -182,6 +191,7 @@ def test_a_refusal_is_not_asked_again(server: Server, tmp_path: Path, refusal: A
     assert names(tmp_path) == []
 
 
+@ROW
 def test_a_second_address_is_tried(server: Server, tmp_path: Path) -> None:
     server.script = [error(404), whole]
     other = server.address + "?mirror"
@@ -189,6 +199,7 @@ def test_a_second_address_is_tried(server: Server, tmp_path: Path) -> None:
     assert (tmp_path / "file.bin").read_bytes() == BODY
 
 
+@ROW
 def test_an_unreachable_server(tmp_path: Path) -> None:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))  # bound, but nobody listens
@@ -198,6 +209,7 @@ def test_an_unreachable_server(tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
+@ROW
 def test_ignored_range_starts_over(server: Server, tmp_path: Path) -> None:
     server.script = [short, ignores_range]
     download((server.address,), tmp_path / "file.bin")
@@ -205,6 +217,7 @@ def test_ignored_range_starts_over(server: Server, tmp_path: Path) -> None:
     assert (tmp_path / "file.bin").read_bytes() == BODY
 
 
+@ROW
 def test_a_file_that_changed_meanwhile_starts_over(server: Server, tmp_path: Path) -> None:
     changed = BODY[::-1]
     server.script = [short, give(changed, '"two"')]
@@ -212,6 +225,7 @@ def test_a_file_that_changed_meanwhile_starts_over(server: Server, tmp_path: Pat
     assert (tmp_path / "file.bin").read_bytes() == changed
 
 
+@ROW
 def test_without_a_validator_only_a_checksum_allows_to_continue(server: Server, tmp_path: Path) -> None:
     def short_without_etag(handler: Handler) -> None:
         handler.start(200, Content_Length=str(len(BODY)))
@@ -226,12 +240,14 @@ def test_without_a_validator_only_a_checksum_allows_to_continue(server: Server, 
     assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes() == BODY
 
 
+@ROW
 def test_the_wrong_part_is_not_appended(server: Server, tmp_path: Path) -> None:
     server.script = [short, wrong_place, whole]
     download((server.address,), tmp_path / "file.bin")
     assert (tmp_path / "file.bin").read_bytes() == BODY
 
 
+@ROW
 def test_a_wrong_checksum_starts_over(server: Server, tmp_path: Path) -> None:
     ears = Ears()
     server.script = [wrong_content, whole]
@@ -241,6 +257,7 @@ def test_a_wrong_checksum_starts_over(server: Server, tmp_path: Path) -> None:
     assert "not the right one: its sha256 is" in ears.said[0]
 
 
+@ROW
 def test_a_later_process_continues(server: Server, tmp_path: Path) -> None:
     server.script = [short]
     with pytest.raises(MachineError):
@@ -255,6 +272,7 @@ def test_a_later_process_continues(server: Server, tmp_path: Path) -> None:
     assert names(tmp_path) == ["file.bin"]
 
 
+@ROW
 def test_a_part_that_is_complete_already(server: Server, tmp_path: Path) -> None:
     """Killed between the last byte and the renaming."""
     (tmp_path / ".segcli-file.bin.part").write_bytes(BODY)
@@ -266,7 +284,8 @@ def test_a_part_that_is_complete_already(server: Server, tmp_path: Path) -> None
     assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("record", ["", "no json", "[]", '{"address": 3}'])
+@pytest.mark.parametrize("record", ["", "no json", "[]", '{"address": 3}', '{"address": "elsewhere"}'])
+@ROW
 def test_a_part_of_unknown_origin_is_not_trusted(server: Server, tmp_path: Path, record: str) -> None:
     (tmp_path / ".segcli-file.bin.part").write_bytes(b"what is this?")
     (tmp_path / ".segcli-file.bin.from").write_text(record)
@@ -274,6 +293,7 @@ def test_a_part_of_unknown_origin_is_not_trusted(server: Server, tmp_path: Path,
     assert (tmp_path / "file.bin").read_bytes() == BODY
 
 
+@ROW
 def test_a_body_without_length(server: Server, tmp_path: Path) -> None:
     server.script = [endless]
     with pytest.raises(MachineError, match="does not say how long the file is"):
@@ -285,6 +305,7 @@ def test_a_body_without_length(server: Server, tmp_path: Path) -> None:
     assert (tmp_path / "file.bin").read_bytes() == BODY
 
 
+@ROW
 def test_an_encoded_body_is_refused(server: Server, tmp_path: Path) -> None:
     server.script = [compressed]
     with pytest.raises(MachineError, match="encoding that was not asked for"):
@@ -299,6 +320,7 @@ def _get(address: str, target: str, ready: Any) -> None:
             download((address,), Path(target), SHA256)
 
 
+@ROW
 def test_two_processes_at_once_get_it_once(server: Server, tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     ready = context.Barrier(2)

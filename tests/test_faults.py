@@ -308,7 +308,7 @@ def test_6_a_decoder_that_dies_costs_its_file_only(twelve: Path, tmp_path: Path)
     copy_of(twelve, tmp_path)
     (tmp_path / "site").mkdir()
     (tmp_path / "site/sitecustomize.py").write_text(FATES)
-    count = tries(18, 3)
+    count = tries(21, 3)
     for number, fate in zip(range(count), itertools.cycle(["SEGV", "KILL", "MEMORY"])):
         save_picture(tmp_path / f"in/{number:02}{fate}.png")
     code, errors = predict(tmp_path, "--workers", 2, PYTHONPATH=str(tmp_path / "site"))
@@ -659,7 +659,7 @@ def test_14_links_pipes_devices_and_folders_inside(tmp_path: Path) -> None:
     else:
         save_picture(source / "locked.jpg").chmod(0)
         failed.add("locked.jpg")
-    for out in ("masks", "in/masks", "in/sub/masks"):
+    for out in ("masks", "in/masks", "in/sub/masks", "in/sub/deep/masks", "in/a.masks"):
         for _ in range(2):  # the second time its own outputs are there
             with Row("14 links, pipes, devices, the output inside the input"):
                 code, errors = predict(tmp_path, "--out", out)

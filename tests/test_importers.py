@@ -19,6 +19,7 @@ import released
 import torch
 import torch.nn.functional as F
 from caffe_messages import CLASSES
+from fault_table import Row
 from released import THIN, THIN_ALEXNET, Weights
 from torch import Tensor
 
@@ -420,6 +421,10 @@ class Malicious:
         return os.mkdir, (str(self.target),)
 
 
+EXECUTED = "18 checkpoints that are programs: pickles of every kind, TorchScript, .pt2, old archives"
+DAMAGED = "19 model files that are empty, cut off, web pages, of other shapes, not finite"
+
+
 def refused(path: Path, capfd: pytest.CaptureFixture[str], *options: str) -> str:
     """The message of `segcli models import`, which must end with 2, one line, and no output file."""
     out = path.parent / "out.safetensors"
@@ -435,49 +440,62 @@ def refused(path: Path, capfd: pytest.CaptureFixture[str], *options: str) -> str
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-@pytest.mark.parametrize("place", ["top", "value", "key", "state"])
+@pytest.mark.parametrize("place", ["top", "value", "key", "state", "list", "tuple", "set"])
+@Row(EXECUTED)
 def test_nothing_is_executed(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], zipped: bool, place: str
 ) -> None:
     trap = Malicious(tmp_path / "executed")
     weights: Any = released.vgg_weights(32, 21, 0)
     content = {"top": trap, "value": weights | {"x": trap}, "key": weights | {trap: 0},
-               "state": {"model_state_dict": weights, "arch": trap}}[place]  # fmt: skip
+               "state": {"model_state_dict": weights, "arch": trap}, "list": weights | {"x": [trap]},
+               "tuple": weights | {"x": (1, trap)}, "set": weights | {"x": {trap}}}[place]  # fmt: skip
     torch.save(content, tmp_path / "in.pth", _use_new_zipfile_serialization=zipped)
     assert "would have to be executed" in refused(tmp_path / "in.pth", capfd)
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.faults
 def test_whole_modules_and_namespaces_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     torch.save(torch.nn.Conv2d(3, 3, 1), tmp_path / "module.pth")
-    assert "torch.nn.modules.conv.Conv2d would have to be executed" in refused(tmp_path / "module.pth", capfd)
+    with Row(EXECUTED):
+        assert "torch.nn.modules.conv.Conv2d would have to be executed" in refused(
+            tmp_path / "module.pth", capfd
+        )
     state = {"model": released.vgg_weights(32, 21, 0), "args": argparse.Namespace(lr=1)}
     torch.save(state, tmp_path / "trainer.pth")
-    assert "argparse.Namespace" in refused(tmp_path / "trainer.pth", capfd)
+    with Row(EXECUTED):
+        assert "argparse.Namespace" in refused(tmp_path / "trainer.pth", capfd)
 
 
+@pytest.mark.faults
 def test_programs_and_old_archives_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     script = tmp_path / "script.pt"
     with zipfile.ZipFile(script, "w") as archive:
         for name in ("a/data.pkl", "a/code/__torch__.py", "a/constants.pkl"):
             archive.writestr(name, b"\x80\x02N.")
-    assert "TorchScript" in refused(script, capfd)
+    with Row(EXECUTED):
+        assert "TorchScript" in refused(script, capfd)
     exported = tmp_path / "program.pt2"
     with zipfile.ZipFile(exported, "w") as archive:
         archive.writestr("program/archive_format", "pt2")
-    assert ".pt2" in refused(exported, capfd)
+    with Row(EXECUTED):
+        assert ".pt2" in refused(exported, capfd)
     with tarfile.open(tmp_path / "old.pth", "w") as archive:
         member = tarfile.TarInfo("pickle")
         member.size = 3
         archive.addfile(member, io.BytesIO(b"abc"))
-    assert "tar archive" in refused(tmp_path / "old.pth", capfd)
+    with Row(EXECUTED):
+        assert "tar archive" in refused(tmp_path / "old.pth", capfd)
     bomb = tmp_path / "bomb.pth"
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("a/data.pkl", b"\x80\x02N.")
         archive.writestr("a/data/0", bytes(10**6))
-    assert "compressed" in refused(bomb, capfd)
+    with Row(EXECUTED):
+        assert "compressed" in refused(bomb, capfd)
 
 
+@pytest.mark.faults
 def test_damaged_and_foreign_files_are_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     weights = released.vgg_weights(32, 21, 0)
     torch.save(weights, tmp_path / "whole.pth")
@@ -493,19 +511,26 @@ def test_damaged_and_foreign_files_are_refused(tmp_path: Path, capfd: pytest.Cap
         ("page.caffemodel", b"<html>404</html>", "caffemodel"),
     ]:
         (tmp_path / name).write_bytes(content)
-        assert cause in refused(tmp_path / name, capfd)
-    refused(tmp_path / "missing.pth", capfd)
+        with Row(DAMAGED):
+            assert cause in refused(tmp_path / name, capfd)
+    with Row(DAMAGED):
+        refused(tmp_path / "missing.pth", capfd)
     torch.save([1, 2], tmp_path / "list.pth")
-    assert "holds no weights" in refused(tmp_path / "list.pth", capfd)
+    with Row(DAMAGED):
+        assert "holds no weights" in refused(tmp_path / "list.pth", capfd)
     torch.save(weights | {"epoch": 3}, tmp_path / "mixed.pth")
-    assert "such as epoch" in refused(tmp_path / "mixed.pth", capfd)
+    with Row(DAMAGED):
+        assert "such as epoch" in refused(tmp_path / "mixed.pth", capfd)
     torch.save(weights | {"fc6.bias": torch.full((THIN[5],), torch.nan)}, tmp_path / "nan.pth")
-    assert "not finite, in fc6.bias" in refused(tmp_path / "nan.pth", capfd)
+    with Row(DAMAGED):
+        assert "not finite, in fc6.bias" in refused(tmp_path / "nan.pth", capfd)
     torch.save(weights | {"fc6.bias": torch.zeros(3)}, tmp_path / "shape.pth")
-    assert "fc6.bias has shape (3,), not (14,)" in refused(tmp_path / "shape.pth", capfd)
+    with Row(DAMAGED):
+        assert "fc6.bias has shape (3,), not (14,)" in refused(tmp_path / "shape.pth", capfd)
     del weights["conv3_2.weight"]
     torch.save(weights, tmp_path / "missing-key.pth")
-    assert "1 missing (such as conv3_2.weight)" in refused(tmp_path / "missing-key.pth", capfd)
+    with Row(DAMAGED):
+        assert "1 missing (such as conv3_2.weight)" in refused(tmp_path / "missing-key.pth", capfd)
 
 
 def test_wrong_options_name_the_nearest(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
