@@ -77,12 +77,13 @@ def require_writable(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path | str, lock: Path) -> Iterator[None]:
+def locked(folder: Path | str, lock: Path, shared: bool = False) -> Iterator[None]:
     """Keep an output folder to this process; the system frees it when the process dies, however it dies.
 
     Args:
         folder: What is written to.
         lock: The file that stands for it; its folder is made when it is missing.
+        shared: Let others in that share it, and nobody else.
 
     Raises:
         UsageError: Another process is writing to the folder.
@@ -93,13 +94,13 @@ def locked(folder: Path | str, lock: Path) -> Iterator[None]:
         file = lock.open("a+")
     with file:
         with contextlib.suppress(OSError):  # a file system without locks
-            _take(file, folder)
+            _take(file, folder, shared)
         yield
 
 
-def _take(file: IO[str], folder: Path | str) -> None:
+def _take(file: IO[str], folder: Path | str, shared: bool) -> None:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         holder = file.read().strip() or "another process"

@@ -18,6 +18,7 @@ from segcli.cli.evaluate import evaluate
 from segcli.cli.inspect import inspect
 from segcli.cli.models import app as models_app
 from segcli.cli.predict import predict
+from segcli.cli.runs import app as runs_app
 from segcli.cli.train import train
 from segcli.errors import SegcliError
 
@@ -53,6 +54,7 @@ app.command()(train)
 app.command()(evaluate)
 app.add_typer(data_app, name="data")
 app.add_typer(models_app, name="models")
+app.add_typer(runs_app, name="runs")
 app.command()(inspect)
 app.command()(bench)
 

@@ -80,7 +80,8 @@ def colorize(
 
     from segcli.images import SUFFIXES
     from segcli.inference.coloring import Colorizer, Decolorizer, Photos
-    from segcli.inference.engine import Progress, Task
+    from segcli.inference.engine import Progress
+    from segcli.inference.pipeline import Task
     from segcli.inference.sources import parse
     from segcli.inference.storage import open_storage
     from segcli.palettes import get_class_set

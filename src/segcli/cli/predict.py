@@ -8,7 +8,15 @@ import typer
 
 from segcli.cli.downloading import get_model
 from segcli.cli.options import Device, Json, Model, Offline, Precision, Quiet, Tta, Verbose
-from segcli.cli.runs import Overwrite, Workers, default_workers, refuse_empty, report, run_and_show
+from segcli.cli.runs import (
+    Overwrite,
+    Workers,
+    default_workers,
+    list_inputs,
+    refuse_empty,
+    report,
+    run_and_show,
+)
 from segcli.cli.terminal import Terminal
 from segcli.errors import UsageError
 from segcli.inference.layout import PRODUCTS
@@ -42,6 +50,17 @@ Size = Annotated[
         min=8, help="Shorter side in pixels at which images are computed.", show_default="the model's"
     ),
 ]
+ShardOption = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        "--shard",
+        metavar="I/N",
+        help="Only part I of N, counted from 1: for job arrays. Then: segcli runs merge.",
+    ),
+]
+ListOnly = Annotated[
+    bool, typer.Option("--list-only", help="Print the inputs (of the shard) and their number; do no more.")
+]
 Opacity = Annotated[float, typer.Option(min=0, max=1, help="Of the colours in overlays.")]
 
 
@@ -59,6 +78,8 @@ def predict(
     size: Size = None,
     tta: Tta = "none",
     opacity: Opacity = 0.5,
+    shard: ShardOption = None,
+    list_only: ListOnly = False,
     offline: Offline = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -79,7 +100,10 @@ def predict(
     """
     from segcli.files import sha256
     from segcli.images import SUFFIXES
-    from segcli.inference.engine import Progress, Task
+    from segcli.inference.engine import Progress
+    from segcli.inference.layout import RUN_FOLDER
+    from segcli.inference.pipeline import Task
+    from segcli.inference.shards import parse_shard
     from segcli.inference.sources import parse
     from segcli.inference.storage import open_storage
     from segcli.inference.tta import variants_of
@@ -89,9 +113,13 @@ def predict(
     kinds = kinds_of(save)
     images_at_a_time = batch_size_of(batch_size)
     variants_of(tta)
-    results = open_storage(out)
+    part = parse_shard(shard) if shard else None
+    results = open_storage(out, part.record if part else RUN_FOLDER)
     found = parse(sources or [], list_file, out, SUFFIXES)
     refuse_empty(found, "image")
+    if list_only:
+        list_inputs(found, part, terminal, "image")
+        return
     model_file = get_model(model, terminal, offline)
     if "mask" in kinds and read_info(model_file).second_class_set:
         kinds.append("geometric")
@@ -144,6 +172,7 @@ def predict(
         start=start,
         workers=default_workers() if workers is None else workers,
         overwrite=overwrite,
+        shard=part,
     )
     seconds = run_and_show(task, progress, terminal, "image", "Segmenting")
     report(task, progress, seconds, terminal, "image")

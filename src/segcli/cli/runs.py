@@ -1,4 +1,4 @@
-"""What `segcli predict` and `segcli colorize` share: watching a run over many files, and its report."""
+"""Runs over many files: what `segcli predict` and `segcli colorize` share, and `segcli runs`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from segcli.cli.options import Json, Quiet
 from segcli.cli.terminal import Terminal, printable
 from segcli.errors import UsageError
 from segcli.inference.layout import MANIFEST_FILE, RUN_FOLDER
 
 if TYPE_CHECKING:
-    from segcli.inference.engine import Progress, Task
+    from segcli.inference.engine import Progress
+    from segcli.inference.pipeline import Task
+    from segcli.inference.shards import Shard
     from segcli.inference.sources import Sources
 
+app = typer.Typer(help="Look at runs, and merge the shards of one.", no_args_is_help=True)
+Out = Annotated[str, typer.Argument(metavar="DIR", help="An output folder of segcli, or its URL.")]
 LINE_EVERY = 30  # seconds between two lines about the progress, where there is no terminal
 SHOWN_CLASSES = 12
 
@@ -54,6 +59,58 @@ def refuse_empty(sources: Sources, noun: str) -> None:
     )
 
 
+def list_inputs(sources: Sources, shard: Shard | None, terminal: Terminal, noun: str) -> None:
+    """Print the inputs, or those of a shard, one per line on stdout, and say how many there are.
+
+    Names are looked at as a run does before it computes: what cannot be read is said, and makes exit code 1.
+    """
+    from segcli.inference.sources import PassedOver, discover
+
+    passed_over = PassedOver()
+    total = listed = 0
+    problems: list[tuple[str, str]] = []
+    unreadable = 0
+    stdout = sys.stdout.buffer
+    for item in discover(sources, passed_over):
+        total += 1
+        if shard is not None and not shard.holds(item.output):
+            continue
+        listed += 1
+        if not terminal.json:
+            shown = printable(item.source).encode() if sys.stdout.isatty() else os.fsencode(item.source)
+            stdout.write(shown + b"\n")
+        if item.problem:
+            unreadable += 1
+            if len(problems) < 10:
+                problems.append((item.source, item.problem))
+    stdout.flush()
+    terminal.document(
+        {
+            "inputs": total,
+            "shard": str(shard) if shard else None,
+            "listed": listed,
+            "unreadable": unreadable,
+            "problems": [{"source": source, "reason": reason} for source, reason in problems],
+        }
+    )
+    told = f"{total:,} {noun}" + ("" if total == 1 else "s")
+    terminal.say(f"{told}, {listed:,} of them in shard {shard}." if shard else f"{told}.")
+    if text := passed_over.describe():
+        terminal.say(f"Not taken as {noun}s: {text}.")
+    if unreadable:
+        terminal.warn(f"{unreadable:,} cannot be read:")
+        list_problems(problems, unreadable, "", terminal)
+        raise typer.Exit(1)
+
+
+def list_problems(problems: list[tuple[str, str]], total: int, where: str, terminal: Terminal) -> None:
+    """Print sources with reasons, and how many more there are, and where."""
+    for source, reason in problems:
+        terminal.warn(f"  {one_line(source)}: {one_line(reason)}")
+    if total > len(problems):
+        terminal.warn(f"  and {total - len(problems):,} more{where}")
+
+
 def run_and_show(task: Task[Any], progress: Progress, terminal: Terminal, noun: str, doing: str) -> float:
     """Run, with a progress bar or a line now and then.
 
@@ -71,7 +128,7 @@ def run_and_show(task: Task[Any], progress: Progress, terminal: Terminal, noun: 
 
     begun = time.monotonic()
     ended = threading.Event()
-    counting = (task.sources, progress, ended)
+    counting = (task.sources, task.shard, progress, ended)
     threads = [threading.Thread(target=show, args=(progress, terminal, noun, doing, ended), daemon=True)]
     if ("list", "-") not in task.sources.entries:
         threads.append(threading.Thread(target=count, args=counting, daemon=True))
@@ -131,7 +188,7 @@ def time_left(progress: Progress) -> str:
 
 def report(task: Task[Any], progress: Progress, seconds: float, terminal: Terminal, noun: str) -> None:
     """Say what became of the files, and exit accordingly."""
-    manifest = task.out.place(f"{RUN_FOLDER}/{MANIFEST_FILE}")
+    manifest = task.out.place(f"{task.shard.record if task.shard else RUN_FOLDER}/{MANIFEST_FILE}")
     pixels = progress.pixels.total()
     shares = {name: count / pixels for name, count in progress.pixels.most_common()}
     terminal.document(
@@ -154,7 +211,7 @@ def report(task: Task[Any], progress: Progress, seconds: float, terminal: Termin
         done = progress.done + progress.skipped
         terminal.warn(f"Stopped: {done:,}{total} {noun}s are done. The same command goes on from here.")
         raise typer.Exit(128 + progress.interrupted)
-    if not progress.inputs:
+    if not progress.inputs and task.shard is None:
         raise UsageError("the list of files is empty")
 
     if shares:
@@ -173,11 +230,10 @@ def report(task: Task[Any], progress: Progress, seconds: float, terminal: Termin
     if "overlay" in task.kinds:
         where += f", overlays in {task.out.place('_overlay')}"
     terminal.say(f"{inputs} in {seconds:.1f} s: {', '.join(counts)}. Results are in {where}.")
+    if task.shard is not None:
+        terminal.say(f"That was shard {task.shard}. Once all are done: segcli runs merge {task.out}")
     if progress.failed:
-        for source, reason in progress.failures:
-            terminal.warn(f"  {one_line(source)}: {one_line(reason)}")
-        if progress.failed > len(progress.failures):
-            terminal.warn(f"  and {progress.failed - len(progress.failures):,} more, see {manifest}")
+        list_problems(progress.failures, progress.failed, f", see {manifest}", terminal)
         raise typer.Exit(1)
 
 
@@ -189,3 +245,73 @@ def percent(share: float) -> str:
 def one_line(text: str) -> str:
     """A name or reason without anything that could break the line."""
     return printable(text).replace("\n", "\\n")
+
+
+@app.command("merge")
+def merge_shards(
+    out: Out,
+    force: Annotated[
+        bool, typer.Option("--force", help="Join what there is, also when something is missing or double.")
+    ] = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Join the records of all shards, and check that nothing is missing or double.
+
+    It looks for shards that were never started or have not finished, for shards that were made with other
+    settings, and for inputs and outputs that two shards have. If there are any, they are listed, nothing is
+    changed and the exit code is 1. After a merge the command without --shard goes on from there.
+
+    \b
+    Example:
+      segcli runs merge masks/
+    """
+    from segcli.inference import merging
+    from segcli.inference.storage import open_storage
+
+    terminal = Terminal(quiet, json)
+    merged = merging.merge(open_storage(out), force)
+    terminal.document({"out": out, **vars(merged)})
+    for finding in merged.findings:
+        terminal.warn(one_line(finding))
+    if merged.joined:
+        told = ", ".join(f"{count:,} {status}" for status, count in merged.counts.items() if count)
+        terminal.say(f"{merged.shards} shards joined into one record of {out}: {told or 'no inputs'}.")
+    else:
+        terminal.warn(f"Nothing was changed in {out}. With --force what there is would be joined.")
+    if merged.findings:
+        raise typer.Exit(1)
+
+
+@app.command("show")
+def show_runs(out: Out, json: Json = False) -> None:
+    """Say how a run stands, and its shards: state, and how many inputs are done, skipped and failed.
+
+    \b
+    Example:
+      segcli runs show masks/
+    """
+    from segcli.inference import merging
+    from segcli.inference.storage import open_storage
+
+    terminal = Terminal(json=json, answers=True)
+    states = merging.show(open_storage(out))
+    columns = ["", "state", *merging.STATUSES]
+    rows = [
+        [f"shard {state.shard}" if state.shard else out, state.state or "not started"]
+        + [f"{state.counts[status]:,}" for status in merging.STATUSES]
+        for state in states
+    ]
+    terminal.document(
+        {
+            "out": out,
+            "state": states[0].state,
+            "run": states[0].run,
+            **states[0].counts,
+            "shards": [
+                {"shard": str(state.shard), "state": state.state, **state.counts} for state in states[1:]
+            ],
+        }
+    )
+    if not json:
+        terminal.table(columns, rows)

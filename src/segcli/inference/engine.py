@@ -25,9 +25,11 @@ from segcli.errors import MachineError
 from segcli.inference.ahead import Ahead
 from segcli.inference.decoders import Decoders
 from segcli.inference.interrupts import Interrupts
+from segcli.inference.layout import RUN_FOLDER
 from segcli.inference.manifest import (
     Entry,
     Manifest,
+    announce_shards,
     digest,
     finished_entry,
     open_manifest,
@@ -36,7 +38,8 @@ from segcli.inference.manifest import (
     write_run,
 )
 from segcli.inference.pipeline import Task, Work, failed, work_through
-from segcli.inference.sources import Input, PassedOver, Sources, discover
+from segcli.inference.shards import Shard, inputs
+from segcli.inference.sources import Input, PassedOver, Sources
 
 R = TypeVar("R")
 AHEAD = 64  # inputs that are known but not decoded yet
@@ -75,11 +78,16 @@ def run(task: Task[R], progress: Progress) -> None:
     """
     stop = threading.Event()
     decoders = Decoders(task.workers, task.reader, stop, remote=task.sources.may_be_remote)
-    with Interrupts(stop, decoders.kill) as interrupts, open_manifest(task.out) as manifest:
-        if len(manifest) and not task.overwrite:
+    with Interrupts(stop, decoders.kill) as interrupts, open_manifest(task.out, task.shard) as manifest:
+        if (len(manifest) or task.shard) and not task.overwrite:
             refuse_other_settings(task.out, task.settings)
         about = {**task.options, "segcli": __version__, "settings": dict(task.settings), "started": _now()}
-        write_run(task.out, {"state": "running", **about})
+        record = RUN_FOLDER
+        if task.shard:
+            record = task.shard.record
+            about["shard"] = str(task.shard)
+            announce_shards(task.out, about)
+        write_run(task.out, {"state": "running", **about}, record)
         state = "failed"
         try:
             _process(task, _Book(task, manifest, progress), decoders, interrupts, stop)
@@ -90,13 +98,13 @@ def run(task: Task[R], progress: Progress) -> None:
         finally:
             counts = {"done": progress.done, "skipped": progress.skipped, "failed": progress.failed}
             with contextlib.suppress(MachineError):  # on a full disk the first error is the one to tell
-                write_run(task.out, {"state": state, **about, "ended": _now(), **counts})
+                write_run(task.out, {"state": state, **about, "ended": _now(), **counts}, record)
 
 
-def count(sources: Sources, progress: Progress, stop: threading.Event) -> None:
+def count(sources: Sources, shard: Shard | None, progress: Progress, stop: threading.Event) -> None:
     """Count the inputs for the progress bar, in a thread beside the run."""
     total = 0
-    for _ in discover(sources, PassedOver()):
+    for _ in inputs(sources, PassedOver(), shard):
         total += 1
         if stop.is_set():
             return
@@ -126,7 +134,7 @@ def _process(
 def _not_done(task: Task[R], book: _Book) -> Iterator[Input]:
     """The inputs that this run has to compute; the others are noted."""
     settings = digest(task.settings)
-    for item in discover(task.sources, book.progress.passed_over):
+    for item in inputs(task.sources, book.progress.passed_over, task.shard):
         if item.problem:
             book.failed(item.source, item.problem)
         elif not book.manifest.claim(item):

@@ -3,6 +3,7 @@
 masks/a/b.png             the mask of images/a/b.jpg
 masks/_overlay/a/b.jpg    and everything else, in folders that start with an underscore
 masks/_run/               manifest.jsonl, run.json, lock
+masks/_run/shards-of-16/3/    the same for one shard, until the shards are merged
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ RUN_FOLDER = "_run"
 RUN_FILE = "run.json"
 MANIFEST_FILE = "manifest.jsonl"
 LOCK_FILE = "lock"
+SHARDS_FOLDER = f"{RUN_FOLDER}/shards-of-"  # and their count
 
 # What can be saved for an image: kind -> (folder below the output folder, suffix).
 PRODUCTS: dict[str, tuple[str, str]] = {

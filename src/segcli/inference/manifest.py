@@ -4,6 +4,9 @@
     masks/_run/run.json         version, model, options, and whether the last run ended
     masks/_run/lock             held by the process that writes here
 
+With `--shard 3/16` these three lie in masks/_run/shards-of-16/3/, until the shards are merged. A shard reads
+the folder's manifest as well, and holds the folder's lock together with the other shards.
+
 A line is written after the files that it names are complete, so whatever a line says is true even when the
 process is killed right after it. A torn last line is cut off by the next run; its input is done again.
 When a run ends, lines that a later one replaced are dropped (by writing the file anew and renaming it), so
@@ -23,14 +26,27 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from segcli.errors import UsageError
 from segcli.files import TEMPORARY_PREFIX, machine_errors
-from segcli.inference.layout import MANIFEST_FILE, PRODUCTS, RUN_FILE, RUN_FOLDER, file_of, mask_of
+from segcli.inference.layout import (
+    MANIFEST_FILE,
+    PRODUCTS,
+    RUN_FILE,
+    RUN_FOLDER,
+    SHARDS_FOLDER,
+    file_of,
+    mask_of,
+)
+from segcli.inference.seen import Seen
+from segcli.inference.shards import Shard
 from segcli.inference.sources import Input
 from segcli.inference.storage import Content, Storage, absolute, content_now, exists
 
@@ -83,57 +99,42 @@ def digest(settings: Mapping[str, Any]) -> str:
 
 
 class Manifest:
-    """The record of one output folder, open for one run. Made by `open_manifest`.
+    """The record of one run. Made by `open_manifest`.
 
     Args:
         path: The file of this machine that holds it.
         out: The output folder.
+        whole: The manifest of the whole folder, where this is that of a shard.
+        shard: That shard.
     """
 
-    def __init__(self, path: Path, out: Storage) -> None:
+    def __init__(
+        self, path: Path, out: Storage, whole: Path | None = None, shard: Shard | None = None
+    ) -> None:
         self.path = path
         self._out = out
-        self._positions: dict[int, int] = {}  # hash of an output -> where its last good line starts
-        self._claimed: set[int] = set()  # hashes of the outputs that this run's inputs have
-        self._index()
+        self._claimed = Seen()  # the outputs that this run's inputs have
+        cut_torn_line(path)
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-        self._reader = self.path.open("rb")
+        self._earlier = [_Index(path)]
+        if whole is not None and shard is not None and whole.exists():
+            self._earlier.append(_Index(whole, shard.holds))
         self._fold = str.casefold if out.ignores_case() else str
-
-    def _index(self) -> None:
-        if not self.path.exists():
-            return
-        with self.path.open("r+b") as file:
-            position = 0
-            for line in file:
-                if not line.endswith(b"\n"):
-                    file.truncate(position)  # torn by a crash
-                    break
-                _, output = _keys(line)
-                if output:
-                    self._positions[output] = position
-                position += len(line)
 
     def __len__(self) -> int:
         """Number of results that earlier runs noted."""
-        return len(self._positions)
+        return sum(map(len, self._earlier))
 
     def claim(self, item: Input) -> bool:
         """Reserve an input's output; False when another input of this run has it."""
-        key = hash(self._fold(item.output))
-        if key in self._claimed:
-            return False
-        self._claimed.add(key)
-        return True
+        return self._claimed.add(self._fold(item.output))
 
     def find(self, output: str) -> Entry | None:
         """What earlier runs noted about an output."""
-        position = self._positions.get(hash(output))
-        if position is None:
-            return None
-        self._reader.seek(position)
-        entry = Entry.parse(self._reader.readline())
-        return entry if entry is not None and mask_of(entry.output or "") == output else None
+        for index in self._earlier:
+            if (entry := index.find(output)) is not None:
+                return entry
+        return None
 
     def append(self, entry: Entry) -> None:
         """Add a line. It is in the hands of the system at once, so it outlives the process."""
@@ -146,73 +147,169 @@ class Manifest:
         with machine_errors(self.path, "write"):
             os.fsync(self._file)
             os.close(self._file)
-            self._reader.close()
+            for index in self._earlier:
+                index.close()
 
     def compact(self) -> None:
         """Keep the last line about every input and every output. Damaged lines go, too."""
-        last_of_source: dict[int, int] = {}
-        last_of_output: dict[int, int] = {}
-        outputs = array("q")  # by line
-        with self.path.open("rb") as file:
-            for number, line in enumerate(file):
-                source, output = _keys(line)
-                outputs.append(output)
-                if source:
-                    last_of_source[source] = number
-                if output:
-                    last_of_output[output] = number
-        keep = {n for n in last_of_source.values() if not outputs[n] or last_of_output[outputs[n]] == n}
-        if len(keep) < len(outputs):
-            temporary = self.path.with_name(TEMPORARY_PREFIX + MANIFEST_FILE)
-            with machine_errors(self.path, "write"):
-                with self.path.open("rb") as old, temporary.open("wb") as new:
-                    new.writelines(line for number, line in enumerate(old) if number in keep)
-                    new.flush()
-                    os.fsync(new.fileno())
-                temporary.replace(self.path)
+        compact(self.path)
         self._out.publish(self.path)
 
 
-def _keys(line: bytes) -> tuple[int, int]:
-    """Hashes of a line's source and of the mask it belongs to; 0 for what is not there."""
+class _Index:
+    """Where the last good line about every output starts in a manifest. 16 bytes per line.
+
+    Args:
+        path: The manifest.
+        wanted: Tells for an output whether it will be asked for.
+    """
+
+    def __init__(self, path: Path, wanted: Callable[[str], bool] = bool) -> None:
+        keys, positions = array("q"), array("q")
+        self._file = path.open("rb")
+        position = 0
+        for line in self._file:
+            _, output = _names(line)
+            if output and wanted(output):
+                keys.append(hash(output))
+                positions.append(position)
+            position += len(line)
+        order = np.argsort(np.asarray(keys), kind="stable")
+        self._keys = np.asarray(keys)[order]
+        self._positions = np.asarray(positions)[order]
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def find(self, output: str) -> Entry | None:
+        place = int(np.searchsorted(self._keys, hash(output), side="right")) - 1
+        if place < 0 or self._keys[place] != hash(output):
+            return None
+        self._file.seek(int(self._positions[place]))
+        entry = Entry.parse(self._file.readline())
+        return entry if entry is not None and mask_of(entry.output or "") == output else None
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def compact(path: Path) -> None:
+    """Keep the last line of a manifest about every input and every output. Damaged lines go, too."""
+    sources, outputs = array("q"), array("q")  # by line
+    with path.open("rb") as file:
+        for line in file:
+            source, output = _names(line)
+            sources.append(hash(source))
+            outputs.append(hash(output))
+    has_output = np.asarray(outputs) != hash("")
+    keep = last_of_each(sources) & (last_of_each(outputs) | ~has_output)
+    keep &= np.asarray(sources) != hash("")
+    if keep.all():
+        return
+    temporary = path.with_name(TEMPORARY_PREFIX + MANIFEST_FILE)
+    with machine_errors(path, "write"):
+        with path.open("rb") as old, temporary.open("wb") as new:
+            new.writelines(line for line, wanted in zip(old, keep, strict=True) if wanted)
+            new.flush()
+            os.fsync(new.fileno())
+        temporary.replace(path)
+
+
+def last_of_each(keys: array[int]) -> npt.NDArray[np.bool_]:
+    """For each of the keys whether it is the last of its kind."""
+    values = np.asarray(keys)
+    order = np.argsort(values, kind="stable")
+    last = np.ones(len(values), bool)
+    last[order[:-1]] = values[order[:-1]] != values[order[1:]]
+    return last
+
+
+def cut_torn_line(path: Path) -> None:
+    """Cut off what a crash left of the last line."""
+    with path.open("ab+") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - (1 << 16))
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                end = start + newline + 1
+                break
+            end = start
+        file.truncate(end)
+
+
+def _names(line: bytes) -> tuple[str, str]:
+    """A line's source and the mask that it belongs to; "" for what is not there."""
     try:
         values = json.loads(line.decode("ascii"))
         output = values["output"]
-        return hash(values["source"]), hash(mask_of(output)) if output else 0
+        return str(values["source"]), mask_of(output) if output else ""
     except (ValueError, TypeError, KeyError, AttributeError):
-        return 0, 0
+        return "", ""
 
 
 @contextlib.contextmanager
-def open_manifest(out: Storage) -> Iterator[Manifest]:
-    """Keep the output folder to this process and open its manifest; leftovers of a killed run are removed.
+def open_manifest(out: Storage, shard: Shard | None = None) -> Iterator[Manifest]:
+    """Keep the output folder, or one shard of it, to this process and open its manifest.
+
+    Leftovers of a killed run are removed, but not by a shard: another one may be writing.
 
     Raises:
-        UsageError: Another process is writing to the folder.
+        UsageError: Another process is writing to the folder, or it holds other shards that are not merged.
         MachineError: The folder cannot be made or written to.
     """
+    refuse_unmerged(out, shard)
     with out.opened() as path:
-        if read_run(out).get("state") != "finished":
+        if shard is None and read_run(out).get("state") != "finished":
             out.remove_leftovers()
-        manifest = Manifest(path, out)
+        whole = out.whole_manifest() if shard is not None else None
+        manifest = Manifest(path, out, whole, shard)
         try:
             yield manifest
         finally:
             manifest.close()
 
 
-def read_run(out: Storage) -> dict[str, Any]:
-    """run.json, or {} when it is missing or damaged."""
+def shard_counts(out: Storage) -> list[int]:
+    """Into how many shards the runs were split that are not merged: [16], or [] when there are none."""
+    start = SHARDS_FOLDER.rpartition("/")[2]
+    names = [name.removeprefix(start) for name in out.folders(RUN_FOLDER) if name.startswith(start)]
+    return sorted(int(name) for name in names if name.isdecimal())
+
+
+def refuse_unmerged(out: Storage, shard: Shard | None) -> None:
+    """Stop when there are shards of another count, or any where the whole folder is asked for.
+
+    Raises:
+        UsageError: Says what to do.
+    """
+    others = [count for count in shard_counts(out) if shard is None or count != shard.count]
+    if others:
+        told = f"{out} holds the work of {others[0]} shards that are not merged yet"
+        go_on = f"Go on with --shard I/{others[0]}, or" if shard else "First"
+        raise UsageError(f"{told}.\n{go_on} run: segcli runs merge {out}")
+
+
+def read_run(out: Storage, record: str = RUN_FOLDER) -> dict[str, Any]:
+    """run.json of the folder or of a shard, or {} when it is missing or damaged."""
     try:
-        content = json.loads(out.read(f"{RUN_FOLDER}/{RUN_FILE}") or b"")
+        content = json.loads(out.read(f"{record}/{RUN_FILE}") or b"")
         return content if isinstance(content, dict) else {}
     except ValueError:
         return {}
 
 
-def write_run(out: Storage, content: Mapping[str, Any]) -> None:
-    """Write run.json."""
-    out.write(f"{RUN_FOLDER}/{RUN_FILE}", (json.dumps(content, indent=2) + "\n").encode())
+def write_run(out: Storage, content: Mapping[str, Any], record: str = RUN_FOLDER) -> None:
+    """Write run.json of the folder or of a shard."""
+    out.write(f"{record}/{RUN_FILE}", (json.dumps(content, indent=2) + "\n").encode())
+
+
+def announce_shards(out: Storage, about: Mapping[str, Any]) -> None:
+    """Say in the folder's run.json that shards write here, unless one has done so with the same settings."""
+    before = read_run(out)
+    if before.get("state") != "in shards" or before.get("settings") != about["settings"]:
+        write_run(out, {**about, "state": "in shards", "shard": None})
 
 
 def refuse_other_settings(out: Storage, settings: Mapping[str, Any]) -> None:
@@ -222,16 +319,17 @@ def refuse_other_settings(out: Storage, settings: Mapping[str, Any]) -> None:
         UsageError: Names every setting that differs.
     """
     before = read_run(out).get("settings")
-    if not isinstance(before, dict) or before == settings:
-        return
-    names = sorted(name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name))
-    changes = "; ".join(
-        f"{name} {_short(before.get(name))}, now {_short(settings.get(name))}" for name in names
-    )
-    raise UsageError(
-        f"{out} holds results of other settings: {changes}.\n"
-        "Choose another --out, or give --overwrite to do everything again."
-    )
+    if isinstance(before, dict) and before != settings:
+        raise UsageError(
+            f"{out} holds results of other settings: {differences(before, settings)}.\n"
+            "Choose another --out, or give --overwrite to do everything again."
+        )
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The settings that differ, in words."""
+    names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    return "; ".join(f"{name} {_short(before.get(name))}, now {_short(now.get(name))}" for name in names)
 
 
 def finished_entry(

@@ -24,6 +24,7 @@ from segcli.inference.ahead import Ahead
 from segcli.inference.decoders import Decoded, Decoders
 from segcli.inference.layout import file_of
 from segcli.inference.manifest import Entry, digest
+from segcli.inference.shards import Shard
 from segcli.inference.sources import Input, Sources
 from segcli.inference.storage import Storage, absolute
 
@@ -59,6 +60,7 @@ class Task(Generic[R]):
     workers: int = 1
     writers: int = WRITERS
     overwrite: bool = False
+    shard: Shard | None = None  # only this part of the inputs
 
 
 def work_through(

@@ -41,8 +41,7 @@ from segcli.inference.storage import Content
 
 UPLOAD_EVERY = 10.0  # seconds between two parts of the manifest
 LOCK_EXPIRES = 120.0  # seconds after which a run that is not heard of any more counts as dead
-MANIFEST = f"{RUN_FOLDER}/{MANIFEST_FILE}"
-PARTS_FOLDER = f"{RUN_FOLDER}/parts"
+PARTS_FOLDER = "parts"
 FOLDERS_REMEMBERED = 8  # listings of output folders, one per product of the folder at hand
 # Stores whose uploads appear whole or not at all. Elsewhere a file is uploaded under another name and moved.
 ATOMIC = frozenset({"s3", "gs", "az", "abfs", "abfss", "memory", "oss", "oci", "hf"})
@@ -232,13 +231,14 @@ class RemoteFolder:
     Only one run writes at a time: on this machine by a lock of the system, elsewhere by an object `_run/lock`
     that is made if there is none (one request on S3 and Google Cloud Storage, so that one of two wins) and
     renewed while the run goes on. A run that was killed holds it for `LOCK_EXPIRES` seconds against other
-    machines, and not at all against its own.
+    machines, and not at all against its own. Shards have a lock each, and respect that of the whole folder.
     """
 
     at_a_time = 16
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, record: str = RUN_FOLDER) -> None:
         self._url = url.rstrip("/")
+        self._record = record
         self._fs, self._path = _at(url)
         self._states = functools.lru_cache(FOLDERS_REMEMBERED)(self._list_states)
         self._manifest: _Manifest | None = None
@@ -248,6 +248,15 @@ class RemoteFolder:
 
     def place(self, name: str) -> str:
         return f"{self._url}/{name}"
+
+    def __reduce__(self) -> tuple[type[RemoteFolder], tuple[str, str]]:
+        return RemoteFolder, (self._url, self._record)  # for another process
+
+    def folders(self, name: str) -> list[str]:
+        try:
+            return [inner for inner, found in listing(self.place(name)) if found is None]
+        except ImageError:
+            return []
 
     def read(self, name: str) -> bytes | None:
         with _errors("read", self.place(name)):
@@ -327,14 +336,30 @@ class RemoteFolder:
         kind = kind_of(self._url)
         if kind == "file":
             raise MachineError(f"cannot write to {self}: it is an object; choose a folder for --out")
-        state = cache_folder() / "remote" / hashlib.sha256(self._url.encode()).hexdigest()[:16]
+        if self._record != RUN_FOLDER:
+            refuse_held(self, RUN_FOLDER)
+        name = hashlib.sha256(self.place(self._record).encode()).hexdigest()[:16]
+        state = cache_folder() / "remote" / name
         with locked(self._url, state / LOCK_FILE):
             for path in state.iterdir():
                 if path.name not in (LOCK_FILE, _Lock.NAME):
                     path.unlink()
-            with _Lock(self, state) as lock, _Manifest(self, state / MANIFEST_FILE, lock) as self._manifest:
+            with (
+                _Lock(self, self._record, state) as lock,
+                _Manifest(self, self._record, state / MANIFEST_FILE, lock) as self._manifest,
+            ):
                 yield self._manifest.path
             (state / MANIFEST_FILE).unlink(missing_ok=True)
+
+    def whole_manifest(self) -> Path:
+        assert self._manifest is not None
+        path = self._manifest.path.with_name("whole.jsonl")
+        _download(self, RUN_FOLDER, path)
+        return path
+
+    def remove_folder(self, name: str) -> None:
+        with _errors("remove", self.place(name)):
+            self._fs.rm(f"{self._path}/{name}", recursive=True)
 
     def remove_leftovers(self) -> None:
         if _protocol(self._url) in ATOMIC:
@@ -346,8 +371,9 @@ class RemoteFolder:
 
     def publish(self, manifest: Path) -> None:
         assert self._manifest is not None
-        with _errors("write", self.place(MANIFEST)):
-            self._put(f"{self._path}/{MANIFEST}", manifest)
+        name = f"{self._record}/{MANIFEST_FILE}"
+        with _errors("write", self.place(name)):
+            self._put(f"{self._path}/{name}", manifest)
         self._manifest.published()
 
 
@@ -364,7 +390,7 @@ class _Lock:
 
     NAME = "identity"  # file of this machine's state that tells its locks from those of others
 
-    def __init__(self, folder: RemoteFolder, state: Path) -> None:
+    def __init__(self, folder: RemoteFolder, record: str, state: Path) -> None:
         self._folder = folder
         identity = state / self.NAME
         if not identity.exists():
@@ -374,57 +400,80 @@ class _Lock:
             "machine": identity.read_text(),
             "run": uuid.uuid4().hex,
         }
-        self._name = f"{RUN_FOLDER}/{LOCK_FILE}"
+        self._record = record
 
     def __enter__(self) -> _Lock:
         try:
             self._write("create")
         except Exception:  # it is there, or this store cannot make what is not there, or cannot be reached
-            held = self._read()
-            seconds = time.time() - held.get("renewed", 0)
-            if held.get("machine") != self._mine["machine"] and seconds < LOCK_EXPIRES:
-                raise UsageError(
-                    f"{self._folder} is in use by {held.get('holder')}, heard of {seconds:.0f} s ago.\n"
-                    f"Wait for it ({LOCK_EXPIRES:.0f} s if it was killed), or choose another --out."
-                ) from None
+            refuse_held(self._folder, self._record, self._mine["machine"])
             with _errors("write to", str(self._folder)):
                 self._write("overwrite")
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.renew():
-            self._folder.remove(self._name)
+            self._folder.remove(f"{self._record}/{LOCK_FILE}")
 
     def renew(self) -> bool:
         """Say that this run lives; False when another one has taken over."""
         try:
-            if self._read().get("run") != self._mine["run"]:
+            if _holder(self._folder, self._record).get("run") != self._mine["run"]:
                 return False
             self._write("overwrite")
         except Exception:  # the network is away: what is to be written will tell
             pass
         return True
 
-    def _read(self) -> dict[str, Any]:
-        try:
-            content = json.loads(self._folder.read(self._name) or b"{}")
-        except ValueError:
-            return {}
-        return content if isinstance(content, dict) else {}
-
     def _write(self, mode: str) -> None:
-        filesystem, path = _at(self._folder.place(self._name))
+        filesystem, path = _at(self._folder.place(f"{self._record}/{LOCK_FILE}"))
         content = json.dumps({**self._mine, "renewed": time.time()}).encode()
         if _protocol(str(self._folder)) not in ATOMIC:
             filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
         filesystem.pipe_file(path, content, mode=mode)
 
 
+def refuse_held(folder: RemoteFolder, record: str, machine: str = "") -> None:
+    """Raise UsageError when another machine holds the lock of a record."""
+    held = _holder(folder, record)
+    seconds = time.time() - held.get("renewed", 0)
+    if held.get("machine") != machine and seconds < LOCK_EXPIRES:
+        raise UsageError(
+            f"{folder} is in use by {held.get('holder')}, heard of {seconds:.0f} s ago.\n"
+            f"Wait for it ({LOCK_EXPIRES:.0f} s if it was killed), or choose another --out."
+        )
+
+
+def _holder(folder: RemoteFolder, record: str) -> dict[str, Any]:
+    try:
+        content = json.loads(folder.read(f"{record}/{LOCK_FILE}") or b"{}")
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _download(folder: RemoteFolder, record: str, path: Path) -> list[str]:
+    """Copy the manifest of a record to this machine, its parts at its end, and give the names of those."""
+    filesystem, manifest = _at(folder.place(f"{record}/{MANIFEST_FILE}"))
+    with _errors("read", folder.place(f"{record}/{MANIFEST_FILE}")), contextlib.suppress(FileNotFoundError):
+        filesystem.get_file(manifest, str(path))
+    try:
+        names = [name for name, found in listing(folder.place(f"{record}/{PARTS_FOLDER}")) if found]
+    except ImageError:  # there are none
+        names = []
+    parts = [f"{record}/{PARTS_FOLDER}/{name}" for name in sorted(names) if name.endswith(".jsonl")]
+    with path.open("ab") as file:
+        for name in parts:
+            file.write(folder.read(name) or b"")
+    return parts
+
+
 class _Manifest:
     """Keeps a local file and the manifest of a remote folder the same, while it is entered."""
 
-    def __init__(self, folder: RemoteFolder, path: Path, lock: _Lock) -> None:
+    def __init__(self, folder: RemoteFolder, record: str, path: Path, lock: _Lock) -> None:
         self.path = path
+        self._record = record
         self.lost = False  # whether another run has taken over
         self._folder = folder
         self._lock = lock
@@ -435,13 +484,7 @@ class _Manifest:
         self._parts: list[str] = []  # names of all parts that the local file holds
 
     def __enter__(self) -> _Manifest:
-        filesystem, manifest = _at(self._folder.place(MANIFEST))
-        with _errors("read", self._folder.place(MANIFEST)), contextlib.suppress(FileNotFoundError):
-            filesystem.get_file(manifest, str(self.path))
-        with self.path.open("ab") as file:
-            for name in self._remote_parts():
-                file.write(self._folder.read(name) or b"")
-                self._parts.append(name)
+        self._parts = _download(self._folder, self._record, self.path)
         self._new = self.path.open("rb")  # the same file after `Manifest.compact`, which makes another
         self._new.seek(0, os.SEEK_END)
         self._thread.start()
@@ -475,14 +518,7 @@ class _Manifest:
             lines = lines[: lines.rfind(b"\n") + 1]
             self._new.seek(start)
             if lines:
-                name = f"{PARTS_FOLDER}/{self._name}-{len(self._parts):06d}.jsonl"
+                name = f"{self._record}/{PARTS_FOLDER}/{self._name}-{len(self._parts):06d}.jsonl"
                 self._folder.write(name, lines)
                 self._parts.append(name)
                 self._new.seek(start + len(lines))
-
-    def _remote_parts(self) -> list[str]:
-        try:
-            names = [name for name, found in listing(self._folder.place(PARTS_FOLDER)) if found]
-        except ImageError:  # there are none
-            return []
-        return [f"{PARTS_FOLDER}/{name}" for name in sorted(names) if name.endswith(".jsonl")]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Protocol
 
 from segcli.errors import MachineError
-from segcli.files import locked, remove_leftovers, sha256, write_atomic
+from segcli.files import TEMPORARY_PREFIX, locked, machine_errors, remove_leftovers, sha256, write_atomic
 from segcli.inference.layout import LOCK_FILE, MANIFEST_FILE, RUN_FOLDER
 
 ALIASES = {"s3a": "s3", "gcs": "gs"}
@@ -42,6 +43,9 @@ class Storage(Protocol):
     def place(self, name: str) -> str:
         """The name of a file for people."""
 
+    def folders(self, name: str) -> list[str]:
+        """The names of the folders in a folder; none when it does not exist."""
+
     def read(self, name: str) -> bytes | None:
         """The content of a file, None when there is none."""
 
@@ -60,10 +64,18 @@ class Storage(Protocol):
     def opened(self) -> AbstractContextManager[Path]:
         """Keep it to this process, and yield the file of this machine to which the manifest is written.
 
+        Of a shard, only its record is kept to this process, and the folder to the processes of all shards.
+
         Raises:
             UsageError: Another process is writing there.
             MachineError: It cannot be made or written to.
         """
+
+    def whole_manifest(self) -> Path:
+        """The manifest of the folder as a file of this machine, for a shard to read while it is `opened`."""
+
+    def remove_folder(self, name: str) -> None:
+        """Delete a folder with all that is in it: on a disk at once, below a URL one after the other."""
 
     def remove_leftovers(self) -> None:
         """Delete what a killed run left half written."""
@@ -101,8 +113,12 @@ def exists(path: str) -> bool:
     return os.path.lexists(path)
 
 
-def open_storage(out: str) -> Storage:
+def open_storage(out: str, record: str = RUN_FOLDER) -> Storage:
     """The output folder of a path or a URL.
+
+    Args:
+        out: The path or URL.
+        record: Where lock and manifest lie in it: for all of it, or those of a shard.
 
     Raises:
         UsageError: Packages that a URL needs are not installed.
@@ -111,23 +127,36 @@ def open_storage(out: str) -> Storage:
     if is_url(out):
         from segcli.inference.remote import RemoteFolder
 
-        return RemoteFolder(out)
-    return Folder(Path(out))
+        return RemoteFolder(out, record)
+    return Folder(Path(out), record)
 
 
 class Folder:
-    """A folder of this machine."""
+    """A folder of this machine.
+
+    Args:
+        path: The folder.
+        record: Where lock and manifest lie in it: for all of it, or those of a shard.
+    """
 
     at_a_time = 2
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, record: str = RUN_FOLDER) -> None:
         self._path = path
+        self._record = record
 
     def __str__(self) -> str:
         return str(self._path)
 
     def place(self, name: str) -> str:
         return str(self._path / name)
+
+    def folders(self, name: str) -> list[str]:
+        try:
+            with os.scandir(self._path / name) as entries:
+                return [entry.name for entry in entries if entry.is_dir()]
+        except OSError:
+            return []
 
     def read(self, name: str) -> bytes | None:
         try:
@@ -154,8 +183,22 @@ class Folder:
     def opened(self) -> Iterator[Path]:
         if self._path.exists() and not self._path.is_dir():
             raise MachineError(f"cannot write to {self._path}: it is a file; choose a folder for --out")
-        with locked(self._path, self._path / RUN_FOLDER / LOCK_FILE):
-            yield self._path / RUN_FOLDER / MANIFEST_FILE
+        whole, record = self._path / RUN_FOLDER, self._path / self._record
+        with contextlib.ExitStack() as locks:
+            locks.enter_context(locked(self._path, whole / LOCK_FILE, shared=record != whole))
+            if record != whole:
+                locks.enter_context(locked(record, record / LOCK_FILE))
+            yield record / MANIFEST_FILE
+
+    def whole_manifest(self) -> Path:
+        return self._path / RUN_FOLDER / MANIFEST_FILE
+
+    def remove_folder(self, name: str) -> None:
+        folder = self._path / name
+        doomed = folder.with_name(TEMPORARY_PREFIX + folder.name)
+        with machine_errors(folder, "remove"):
+            folder.rename(doomed)
+            shutil.rmtree(doomed)
 
     def remove_leftovers(self) -> None:
         remove_leftovers(self._path)
