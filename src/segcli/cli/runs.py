@@ -128,7 +128,7 @@ def run_and_show(task: Task[Any], progress: Progress, terminal: Terminal, noun: 
 
     begun = time.monotonic()
     ended = threading.Event()
-    counting = (task.sources, task.shard, progress, ended)
+    counting = (task.sources, progress, ended, task.shard)
     threads = [threading.Thread(target=show, args=(progress, terminal, noun, doing, ended), daemon=True)]
     if ("list", "-") not in task.sources.entries:
         threads.append(threading.Thread(target=count, args=counting, daemon=True))

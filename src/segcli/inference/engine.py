@@ -101,7 +101,7 @@ def run(task: Task[R], progress: Progress) -> None:
                 write_run(task.out, {"state": state, **about, "ended": _now(), **counts}, record)
 
 
-def count(sources: Sources, shard: Shard | None, progress: Progress, stop: threading.Event) -> None:
+def count(sources: Sources, progress: Progress, stop: threading.Event, shard: Shard | None = None) -> None:
     """Count the inputs for the progress bar, in a thread beside the run."""
     total = 0
     for _ in inputs(sources, PassedOver(), shard):
