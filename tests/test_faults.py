@@ -437,16 +437,17 @@ def test_9_junk_under_a_final_name_is_replaced(twelve: Path, tmp_path: Path) -> 
 SIGNALS = list(itertools.product(("INT", "TERM", "INT INT"), (0, 1, 4)))
 
 
-# In a process of segcli: a signal that arrives while the model is loaded.
+# In a process of segcli: a signal that arrives while the model is loaded, in code that lets no exception out.
 SIGNAL_WHILE_LOADING = """
-import os
+import os, time
 from segcli.inference import segmentation
 def init(self, *arguments, **options):
-    try:
-        os.kill(os.getpid(), {number})
-    except BaseException:
-        pass  # as code in C does
-    raise SystemExit(9)
+    os.kill(os.getpid(), {number})
+    while True:
+        try:
+            time.sleep(1)
+        except BaseException:
+            pass
 segmentation.Segmenter.__init__ = init
 """
 
@@ -607,7 +608,7 @@ HARD_NAMES = [
     b"%s%d", b"$HOME", b"`x`", b"'", b'"', b"\\", b"#", b"x" * 251, "é".encode() * 125, b"a.b.c.d",
     b"con", b"trailing.", b"trailing ", b" leading", b"\x07", b"{}", b"<>", b"|", b"&", b";", b"(",
     b"\xf0\x9f\x99", b"\xc3", b"\xed\xa0\x80", b"null", b"..x", b"x..", b"=", b"@", b"!", b"^", b"_", b"__",
-    b"_run",
+    b"_run", b"cr\rlf",
 ]  # fmt: skip
 
 
