@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from segcli.models.fcn import Features, Network
+from segcli.models.strips import Rows, Shape, operation, sliding
 from segcli.models.vgg import FIRST_PADDING, VGG16FCN, convolution_names, stage_windows
 
 STAGES = (1, 2, 3, 4)  # in stage 5 the image reaches the ring along the canvas's edge
@@ -107,6 +108,54 @@ def stretched(small: Axis, large: Axis) -> list[int]:
     return [*pixels[:middle], *[middle] * (large.length - small.length), *pixels[middle:]]
 
 
+def _canvas_rows(
+    shape: Shape, small: Tensor, rows: Tensor, columns: Tensor, outside: tuple[int, int, int, int]
+) -> Rows:
+    left, right, top, _ = outside
+
+    def compute(parts: list[Tensor], above: int, below: int, start: int, stop: int) -> Tensor:
+        return on_canvas(parts[0], small, rows[start:stop], columns, (left, right, above, below))
+
+    canvas = (*shape[:2], len(rows), len(columns))
+    return Rows(canvas, lambda start, stop: (start - top, stop - top), compute)
+
+
+@operation(_canvas_rows)
+def on_canvas(
+    u: Tensor, small: Tensor, rows: Tensor, columns: Tensor, outside: tuple[int, int, int, int]
+) -> Tensor:
+    """A map of the whole canvas, (N, C, H, W), from the window of differences `u`.
+
+    Args:
+        u: (N, C, h, w).
+        small: The map of a small empty canvas, (h', w', C).
+        rows, columns: Its pixels that make up the large empty canvas, int64 (H,) and (W,).
+        outside: Pixels of the large canvas to the left and right of the window, above and below it.
+    """
+    empty = small[rows[:, None], columns].permute(2, 0, 1)
+    return empty.to(u.dtype) + F.pad(u, outside)
+
+
+def _matrix_rows(shape: Shape, weight: Tensor, bias: Tensor) -> Rows:
+    side = weight.shape[-1]
+    made = (shape[0], len(weight), *(length - side + 1 for length in shape[2:]))
+    return sliding(made, (side, 1, 0), 0, lambda part: convolve_by_matrix(part, weight, bias))
+
+
+@operation(_matrix_rows)
+def convolve_by_matrix(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """`F.conv2d(x, weight, bias)` for a square kernel, as a matrix product of all that the kernel covers."""
+    matrix, side = weight.flatten(1), weight.shape[-1]  # fc6: (4096, 512 * 7 * 7)
+    height, width = (length - side + 1 for length in x.shape[-2:])
+    rows = max(1, PATCHES // (len(x) * width * matrix.shape[1]))
+    strips = []
+    for top in range(0, height, rows):
+        patches = F.unfold(x[:, :, top : top + rows + side - 1], side)  # (N, 512 * 7 * 7, positions)
+        answers = matrix @ patches + bias[:, None]
+        strips.append(answers.reshape(len(x), len(matrix), -1, width))
+    return torch.cat(strips, 2)
+
+
 def windowed(network: Network) -> Network:
     """The network for inference: a `WindowedVGG16` around the VGG16 ones, any other as it is."""
     return WindowedVGG16(network) if isinstance(network, VGG16FCN) else network
@@ -160,7 +209,7 @@ class WindowedVGG16(Network):
                 u = F.pad(u, x.widened + y.widened)
             u = self.compute_window(u, stage)
             if stage in SEEN_WHOLE:
-                maps[stage] = empty[stage].to(u.dtype) + F.pad(u, x.outside + y.outside)
+                maps[stage] = on_canvas(u, *empty[stage], x.outside + y.outside)
         return Features(pool3=maps[3], pool4=maps[4], fc7=self.compute_whole(maps[4]))
 
     def compute_window(self, u: Tensor, stage: int) -> Tensor:
@@ -172,7 +221,11 @@ class WindowedVGG16(Network):
     def compute_whole(self, pool4: Tensor) -> Tensor:
         """fc7 of the whole canvas from pool4: stage 5, fc6 and fc7."""
         pool5 = self.network.encode_stage(pool4, 5)
-        return self._convolution("fc7")(self._fc6(pool5)).relu_()
+        fc6 = self._convolution("fc6")
+        assert fc6.bias is not None
+        x = convolve_by_matrix(pool5, fc6.weight, fc6.bias).relu_()
+        fc7: Tensor = self._convolution("fc7")(x)
+        return fc7.relu_()
 
     def _convolution(self, name: str) -> nn.Conv2d:
         layer = self.network.get_submodule(name)
@@ -186,21 +239,8 @@ class WindowedVGG16(Network):
         u = F.conv2d(u, weight, bias, padding=weight.shape[-1] - 1)
         return u.clamp_(min=floor.to(u.dtype))
 
-    def _fc6(self, pool5: Tensor) -> Tensor:
-        layer = self._convolution("fc6")
-        assert layer.bias is not None
-        matrix, side = layer.weight.flatten(1), layer.weight.shape[-1]  # (4096, 512 * 7 * 7)
-        height, width = (length - side + 1 for length in pool5.shape[-2:])
-        rows = max(1, PATCHES // (len(pool5) * width * matrix.shape[1]))
-        strips = []
-        for top in range(0, height, rows):
-            patches = F.unfold(pool5[:, :, top : top + rows + side - 1], side)  # (N, 512 * 7 * 7, positions)
-            answers = (matrix @ patches + layer.bias[:, None]).relu_()
-            strips.append(answers.reshape(len(pool5), len(matrix), -1, width))
-        return torch.cat(strips, 2)
-
-    def _empty_canvas(self, height: int, width: int) -> dict[int, Tensor]:
-        """The maps of the stages in `SEEN_WHOLE` for an empty image, (C, h, w)."""
+    def _empty_canvas(self, height: int, width: int) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+        """The maps of the stages in `SEEN_WHOLE` for an empty image: what `on_canvas` makes them of."""
         small_height, small_width = smallest_alike(height), smallest_alike(width)
         constant = -self.get_buffer("conv1_1_floor")  # (C, 1, 1)
         key = (small_height, small_width, constant.dtype, constant.device)
@@ -214,11 +254,8 @@ class WindowedVGG16(Network):
         for stage, small in smalls.items():
             rows = stretched(trace(small_height)[stage - 1], trace(height)[stage - 1])
             columns = stretched(trace(small_width)[stage - 1], trace(width)[stage - 1])
-            place = (
-                torch.tensor(rows, device=small.device)[:, None],
-                torch.tensor(columns, device=small.device),
-            )
-            maps[stage] = small[place].permute(2, 0, 1)
+            place = torch.tensor(rows, device=small.device), torch.tensor(columns, device=small.device)
+            maps[stage] = small, *place
         return maps
 
     def _small_empty_canvas(self, constant: Tensor, height: int, width: int) -> dict[int, Tensor]:
