@@ -815,12 +815,12 @@ start = segmentation.Segmenter.__init__
 def init(self, *arguments, **options):
     start(self, *arguments, **options)
     self.batch_size = 8
-    features = self.network.features
+    pyramid = self.network.score_pyramid
     def limited(images):
         if len(images) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return features(images)
-    self.network.features = limited
+        return pyramid(images)
+    self.network.score_pyramid = limited
 segmentation.Segmenter.__init__ = init
 """
 
