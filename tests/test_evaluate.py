@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -233,13 +234,24 @@ def test_the_order_of_predictions_does_not_matter(folders: tuple[Path, Path]) ->
     save_picture(images / "s/b.png", 2, 4)
     truth.rename(truth.parent / "masks")
     dataset = open_data(truth.parent, "all")
-    predictions = list(predictions_in_folder(dataset, found))
+    predictions = list(predictions_in_folder(dataset, found, threading.Event()))
     forwards, backwards = evaluate(dataset, predictions), evaluate(dataset, reversed(predictions))
     assert repr(forwards.images) == repr(backwards.images)  # nan is not equal to itself
     assert (forwards.matrix == backwards.matrix).all()
     assert [bad.sample.name for bad in sorted(forwards.worst)] == [
         b.sample.name for b in sorted(backwards.worst)
     ]
+
+
+def test_a_sample_with_two_masks_is_reported(
+    folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    truth, found = folders
+    np.save(found / "a.npy", np.zeros((2, 4), np.uint8))
+    assert run("--pred", found, "--labels", truth, "--classes", 3, "--json") == 1
+    (failure,) = scores_of(capsys)["failed"]
+    assert failure["name"] == "a"
+    assert failure["problem"].endswith("has more than one mask for it: a.npy, a.png")
 
 
 # ---- options ----

@@ -6,6 +6,7 @@ All inputs are made here, with fixed seeds; processes, signals, kills and full d
 
 from __future__ import annotations
 
+import csv
 import functools
 import io
 import itertools
@@ -576,30 +577,43 @@ def test_11_disks_and_folders_that_cannot_be_written_to(twelve: Path, tmp_path: 
 # ---- 12, 13, 14: names ----
 
 
+def colliding_names(folder: Path, dice: random.Random, mode: str) -> dict[str, int]:
+    """Eight pictures or fewer whose names differ in case, suffix or folder only: path -> which picture."""
+    sources = {}
+    for seed in range(8):
+        stem = dice.choice(["a", "A", "b", "a.png", "_overlay", "é", "e\u0301"])
+        suffix = dice.choice([".png", ".PNG", ".bmp", ".png.bmp"])
+        path = folder / dice.choice(["", "x", "X", "_overlay", "a.png"]) / (stem + suffix)
+        if not path.exists() and not path.parent.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            data = io.BytesIO()
+            Image.fromarray(picture(16, 24, seed)).convert(mode).save(data, "PNG")
+            path.write_bytes(data.getvalue())
+            sources[str(path)] = seed
+    return sources
+
+
+def assert_own_outputs(out: Path, sources: dict[str, int]) -> None:
+    """Every input has an output of its own, and twins by content have equal ones."""
+    lines = manifest(out)
+    assert lines.keys() == sources.keys()
+    assert len({line["output"] for line in lines.values()}) == len(sources)
+    outputs: dict[int, bytes] = {}
+    for source, seed in sources.items():
+        data = (out / lines[source]["output"]).read_bytes()
+        assert outputs.setdefault(seed, data) == data
+
+
 def test_12_no_two_inputs_share_an_output(tmp_path: Path) -> None:
     dice = random.Random(12)
     for number in range(tries(50, 3)):
         with Row("12 names that collide: b.jpg and b.png, A.jpg and a.jpg, in sub-folders"):
             folder = tmp_path / str(number)
-            sources = {}
-            for seed in range(8):
-                stem = dice.choice(["a", "A", "b", "a.png", "_overlay", "é", "e\u0301"])
-                suffix = dice.choice([".png", ".PNG", ".bmp", ".png.bmp"])
-                path = folder / "in" / dice.choice(["", "x", "X", "_overlay", "a.png"]) / (stem + suffix)
-                if not path.exists() and not path.parent.is_file():
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    data = io.BytesIO()
-                    Image.fromarray(picture(16, 24, seed)).save(data, "PNG")
-                    path.write_bytes(data.getvalue())
-                    sources[str(path)] = seed
+            sources = colliding_names(folder / "in", dice, "RGB")
             code, errors = predict(folder, "--workers", 0)
             assert code == 0, errors
-            lines = assert_complete(folder / "masks", len(sources))
-            assert lines.keys() == sources.keys()
-            shares = {}
-            for source, seed in sources.items():  # each got its own mask: twins by content have equal ones
-                mask = (folder / "masks" / lines[source]["output"]).read_bytes()
-                assert shares.setdefault(seed, mask) == mask
+            assert_complete(folder / "masks", len(sources))
+            assert_own_outputs(folder / "masks", sources)
 
 
 HARD_NAMES = [
@@ -859,7 +873,7 @@ def test_23_batches_workers_and_order(
         assert tree(tmp_path / "masks") == tree(twelve / "masks")
 
 
-# ---- 28: the same for colorize ----
+# ---- 28: the same for colorize and evaluate ----
 
 
 def colorize(folder: Path, *arguments: object) -> tuple[int, str]:
@@ -928,3 +942,125 @@ def test_28_colorize_killed_and_run_again(twelve: Path, tmp_path: Path) -> None:
     assert colorize(tmp_path, "--out", "out")[0] == 0
     assert tree(out) == clean
     assert not list(out.rglob(".segcli-*"))
+
+
+def test_28_colorize_keeps_names_that_collide_apart(tmp_path: Path) -> None:
+    dice = random.Random(2812)
+    for number in range(tries(50, 2)):
+        with Row("28 colorize: names that collide"):
+            folder = tmp_path / str(number)
+            sources = colliding_names(folder / "in", dice, "L")
+            code, errors = colorize(folder, "--out", "out", "--workers", 0)
+            assert code == 0, errors
+            assert_own_outputs(folder / "out", sources)
+
+
+def evaluate(folder: Path, *arguments: object, out: Path | str = "out") -> tuple[int, str]:
+    """Score the masks in `in` against the labels in `truth`."""
+    options = ["--classes", "voc", "--out", out]
+    return run("evaluate", "--pred", "in", "--labels", "truth", *options, *arguments, folder=folder)
+
+
+def scores(folder: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((folder / "out/scores.json").read_text())
+    return document
+
+
+@pytest.fixture
+def labelled(twelve: Path, tmp_path: Path) -> Path:
+    """A folder with twelve masks in `in`, their labels in `truth`, and in `whole` what they score."""
+    for name in ("in", "truth"):
+        shutil.copytree(twelve / "masks", tmp_path / name, ignore=shutil.ignore_patterns("_*"))
+    code, errors = evaluate(tmp_path, out="whole")
+    assert code == 0, errors
+    return tmp_path
+
+
+@pytest.mark.parametrize("broken", ["in", "truth"])
+def test_28_evaluate_reports_broken_masks(tmp_path: Path, broken: str) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "truth").mkdir()
+    count = tries(500, 20)
+    good = good_masks()["palette.png"]
+    for name, data in broken_files(count, 281, good_masks):
+        for folder in ("in", "truth"):
+            content = data if folder == broken else good
+            path = tmp_path / folder / name
+            (path if folder == broken else path.with_suffix(".png")).write_bytes(content)
+    code, errors = evaluate(tmp_path, "--workers", 2)
+    assert code == 1
+    assert_clean(errors)
+    found = scores(tmp_path)
+    assert found["images"] > 0
+    problems = {failure["name"]: failure["problem"] for failure in found["failed"]}
+    with (tmp_path / "out/images.csv").open() as file:
+        for line in csv.DictReader(file):
+            with Row("28 evaluate: broken masks and labels"):
+                assert bool(line["pixel_accuracy"]) != (line["name"] in problems)
+                assert "\n" not in problems.get(line["name"], "")
+                count -= 1
+    assert count == 0
+
+
+def test_28_evaluate_killed_and_run_again(labelled: Path) -> None:
+    clean = tree(labelled / "whole")
+    out = labelled / "out"
+    dice = random.Random(287)
+    for _ in range(tries(100, 3)):
+        with Row("28 evaluate: kill -9 at a random moment"):
+            process = Process(
+                "evaluate", "--pred", "in", "--labels", "truth", "--classes", "voc", "--out", "out",
+                folder=labelled,
+            )  # fmt: skip
+            wait_for_files(process, out, dice.randrange(1, 7))
+            process.kill_group()
+            process.wait()
+            wait_until(process.group_is_gone)
+            partial = {name: data for name, data in tree(out).items() if ".segcli-" not in name}
+            assert partial.items() <= clean.items()
+        if dice.random() < 0.5:
+            shutil.rmtree(out, ignore_errors=True)
+    assert evaluate(labelled)[0] == 0
+    assert tree(out) == clean
+
+
+def test_28_evaluate_on_a_full_disk_and_where_it_cannot_write(labelled: Path, disk: Path) -> None:
+    clean = tree(labelled / "whole")
+    needed = sum(map(len, clean.values()))
+    count = tries(10, 1)
+    for number in range(count):
+        with Row("28 evaluate: a full disk"):
+            out = disk / f"out{number}"
+            remount(disk, f"size={8 * 1024 + needed * number // (2 * count)}")
+            code, errors = evaluate(labelled, out=out)
+            assert code == 3, errors
+            assert "No space left on device" in errors
+            assert_clean(errors)
+            assert tree(out).items() <= clean.items()
+            remount(disk, "size=64m")
+            assert evaluate(labelled, out=out)[0] == 0
+            assert tree(out) == clean
+            shutil.rmtree(out)
+    (disk / "file").write_text("mine")
+    remount(disk, "ro")
+    for name in ("new", "file", "file/deeper", "."):
+        with Row("28 evaluate: read-only, missing, a file in place of the folder"):
+            code, errors = evaluate(labelled, out=disk / name)
+            assert (code, len(errors.splitlines())) == (3, 1)
+            assert str(disk) in errors
+
+
+def test_28_evaluate_never_scores_against_another_label(tmp_path: Path) -> None:
+    dice = random.Random(2812)
+    for number in range(tries(50, 2)):
+        with Row("28 evaluate: names that collide"):
+            folder = tmp_path / str(number)
+            sources = colliding_names(folder / "in", dice, "L")
+            for source in sources:  # every mask scores fully against its own label, and no other
+                Image.open(source).point(lambda value: value // 13).save(source, "PNG")
+            shutil.copytree(folder / "in", folder / "truth")
+            code, errors = evaluate(folder, "--workers", 0)
+            found = scores(folder) if (folder / "out/scores.json").exists() else {"images": 0, "failed": []}
+            assert found["images"] == 0 or found["pixel_accuracy"] == 1
+            assert all("more than one mask" in failure["problem"] for failure in found["failed"])
+            assert code == (1 if found["failed"] else 0), errors

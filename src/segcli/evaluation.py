@@ -20,9 +20,8 @@ from segcli.boundaries import BoundaryCounts, boundary_counts
 from segcli.data.layout import LABEL_ENDINGS, Sample, image_files, plain_coding
 from segcli.data.sets import IGNORE, DataSet, read_label
 from segcli.errors import ImageError, UsageError
-from segcli.images import read_image, read_label_map
 from segcli.inference.ahead import Ahead
-from segcli.inference.decoders import Decoded
+from segcli.inference.decoders import Decoded, Decoders
 from segcli.inference.sources import Input
 from segcli.metrics import Counts, Scores, confusion_matrix, scores
 from segcli.palettes import ClassSet
@@ -183,19 +182,21 @@ def _add(result: Evaluation, number: int, sample: Sample, outcome: _Outcome) -> 
 
 
 def predictions_of_model(
-    dataset: DataSet, segmenter: Segmenter, stop: threading.Event
+    dataset: DataSet, segmenter: Segmenter, stop: threading.Event, workers: int = 0
 ) -> Iterator[Prediction]:
     """What a model says of the images, computed as `segcli predict` does.
 
     Args:
         segmenter: With the model; its class ids become those of the data set, see `matching_classes`.
-        stop: Set it to end the thread that reads images ahead.
+        stop: Set it to end the thread and the processes that read images ahead.
+        workers: Processes that read images; with 0 this one reads them.
     """
     table = matching_classes(segmenter.classes, dataset.class_set)
     unreadable: deque[Prediction] = deque()
 
     def readable() -> Iterator[Decoded]:
-        for picture in Ahead(_pictures(dataset), 4, stop):
+        images = ((number, sample.image) for number, sample in enumerate(dataset.samples))
+        for picture in _decoded(images, "image", stop, workers):
             if picture.pixels is None:
                 unreadable.append((int(picture.item.output), ImageError(picture.problem)))
             else:
@@ -206,13 +207,15 @@ def predictions_of_model(
     yield from unreadable
 
 
-def _pictures(dataset: DataSet) -> Iterator[Decoded]:
-    for number, sample in enumerate(dataset.samples):
-        item = Input(str(sample.image), str(number))
-        try:
-            yield Decoded(item, read_image(sample.image).pixels)
-        except ImageError as error:
-            yield Decoded(item, problem=str(error))
+def _decoded(
+    files: Iterator[tuple[int, Path]], reader: str, stop: threading.Event, workers: int
+) -> Iterator[Decoded]:
+    """Numbered files, read as `segcli predict` reads them: one that kills its decoder costs only itself."""
+    items = (Input(str(path), str(number)) for number, path in files)
+    decoders = Decoders(workers, reader, stop)
+    for decoded in Ahead(decoders.run(Ahead(items, 4, stop)), workers + 2, stop):
+        yield decoded
+        decoders.release(decoded)
 
 
 def matching_classes(found: ClassSet, wanted: ClassSet) -> Ids:
@@ -262,42 +265,56 @@ def _plain_name(path: Path, folder: Path) -> str:
     return LABEL_ENDINGS.sub("", path.relative_to(folder).with_suffix("").as_posix())
 
 
-def predictions_in_folder(dataset: DataSet, folder: Path) -> Iterator[Prediction]:
+def predictions_in_folder(
+    dataset: DataSet, folder: Path, stop: threading.Event, workers: int = 0
+) -> Iterator[Prediction]:
     """Masks made by anything, found by the sample's name, or by the last part of it.
+
+    Args:
+        stop, workers: As for `predictions_of_model`.
 
     Raises:
         UsageError: The folder does not exist, or holds no mask of the data set.
     """
     if not folder.is_dir():
         raise UsageError(f"--pred {folder} is not a folder")
-    by_name: dict[str, Path] = {}
+    by_name: dict[str, list[Path]] = {}
     by_last_part: dict[str, list[Path]] = {}
     for path in image_files(folder, extra=(".npy",)):
         name = _plain_name(path, folder)
-        by_name.setdefault(name, path)
+        by_name.setdefault(name, []).append(path)
         by_last_part.setdefault(name.rpartition("/")[2], []).append(path)
 
-    def find(sample: Sample) -> Path | None:
+    def find(sample: Sample) -> list[Path]:
         for name in (sample.name, sample.name + sample.image.suffix):  # b.jpg.png may belong to b.jpg
             if name in by_name:
                 return by_name[name]
         same = by_last_part.get(sample.name.rpartition("/")[2], [])
-        return same[0] if len(same) == 1 else None
+        return same if len(same) == 1 else []
 
     masks = [find(sample) for sample in dataset.samples]
     if not any(masks):
         example = dataset.samples[0].name
         raise UsageError(f"--pred {folder} has no mask for any of {dataset.name}, such as {example}.png")
-    return ((number, _read_mask(folder, path)) for number, path in enumerate(masks))
+    return _read_masks(folder, masks, stop, workers)
 
 
-def _read_mask(folder: Path, path: Path | None) -> Ids | ImageError:
-    if path is None:
-        return ImageError(f"{folder} has no mask for it")
-    try:
-        ids = read_label_map(path)
-    except ImageError as error:
-        return ImageError(f"{path}: {error}")
-    if ids.max(initial=0) > 255:
-        return ImageError(f"{path} holds ids up to {ids.max()}")
-    return ids.astype(np.uint8)
+def _read_masks(
+    folder: Path, masks: Sequence[Sequence[Path]], stop: threading.Event, workers: int
+) -> Iterator[Prediction]:
+    """The masks of the samples, which have one each if all is well."""
+    for number, found in enumerate(masks):
+        if not found:
+            yield number, ImageError(f"{folder} has no mask for it")
+        if len(found) > 1:
+            listed = ", ".join(path.relative_to(folder).as_posix() for path in found)
+            yield number, ImageError(f"{folder} has more than one mask for it: {listed}")
+    files = ((number, found[0]) for number, found in enumerate(masks) if len(found) == 1)
+    for mask in _decoded(files, "mask", stop, workers):
+        number = int(mask.item.output)
+        if mask.pixels is None:
+            yield number, ImageError(f"{mask.item.source}: {mask.problem}")
+        elif mask.pixels.max(initial=0) > 255:
+            yield number, ImageError(f"{mask.item.source} holds ids up to {mask.pixels.max()}")
+        else:
+            yield number, mask.pixels.astype(np.uint8)

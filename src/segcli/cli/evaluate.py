@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +12,14 @@ import typer
 
 from segcli.cli.downloading import get_model
 from segcli.cli.options import Device, Json, Offline, Precision, Quiet, Tta, Verbose
+from segcli.cli.runs import Workers, default_workers
 from segcli.cli.terminal import Terminal
 from segcli.errors import UsageError
 
 if TYPE_CHECKING:
     from segcli.data.sets import DataSet
     from segcli.evaluation import Evaluation, ImageScore, Prediction
+    from segcli.inference.segmentation import Segmenter
 
 SHOWN_FAILURES = 10
 
@@ -59,6 +62,7 @@ def evaluate(
     precision: Precision = "auto",
     size: Size = None,
     tta: Tta = "none",
+    workers: Workers = None,
     offline: Offline = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -90,15 +94,23 @@ def evaluate(
         from segcli.data.sets import open_data
 
         dataset = open_data(data, split, root)
-    if pred is not None:
-        from segcli.evaluation import predictions_in_folder
+    readers = default_workers() if workers is None else workers
+    stop = threading.Event()
+    try:
+        if pred is not None:
+            from segcli.evaluation import predictions_in_folder
 
-        about = {"pred": str(pred)}
-        result = run(dataset, predictions_in_folder(dataset, pred), terminal)
-    else:
-        file = get_model(model, terminal, offline)
-        result, about = run_model(dataset, file, device, precision, size, tta, terminal)
-        about["model"] = model
+            about = {"pred": str(pred)}
+            result = run(dataset, predictions_in_folder(dataset, pred, stop, readers), terminal)
+        else:
+            file = get_model(model, terminal, offline)
+            segmenter, about = get_segmenter(dataset, file, device, precision, size, tta, terminal)
+            from segcli.evaluation import predictions_of_model
+
+            result = run(dataset, predictions_of_model(dataset, segmenter, stop, readers), terminal)
+            about["model"] = model
+    finally:
+        stop.set()
     report(result, about | {"data": dataset.name, "split": dataset.split}, out, labels is None, terminal)
     if result.failed:
         raise typer.Exit(1)
@@ -127,7 +139,7 @@ def parse_classes(text: str) -> Any:
     return generic_class_set(int(text)) if text.isdecimal() and int(text) > 0 else get_class_set(text)
 
 
-def run_model(
+def get_segmenter(
     dataset: DataSet,
     model_file: Path,
     device_name: str,
@@ -135,12 +147,10 @@ def run_model(
     size: int | None,
     tta: str,
     terminal: Terminal,
-) -> tuple[Evaluation, dict[str, Any]]:
-    """Score a model; the second result says which, and how."""
-    import threading
-
+) -> tuple[Segmenter, dict[str, Any]]:
+    """What computes the predictions of a model; the second result says which, and how."""
     from segcli.device import describe, pick_device, pick_precision
-    from segcli.evaluation import matching_classes, predictions_of_model
+    from segcli.evaluation import matching_classes
     from segcli.inference.segmentation import Segmenter
     from segcli.inference.tta import variants_of
     from segcli.models.checkpoint import load_model
@@ -154,13 +164,8 @@ def run_model(
         f"{model_file.stem} on {len(dataset.samples)} images of {dataset.name} "
         f"on {describe(device)} in {precision}"
     )
-    stop = threading.Event()
-    try:
-        segmenter = Segmenter(model, device, (), shorter_side=size, tta=tta, precision=precision)
-        result = run(dataset, predictions_of_model(dataset, segmenter, stop), terminal)
-    finally:
-        stop.set()
-    return result, {
+    segmenter = Segmenter(model, device, (), shorter_side=size, tta=tta, precision=precision)
+    return segmenter, {
         "sha256": model.sha256,
         "size": segmenter.preprocessing.shorter_side,
         "tta": tta,
