@@ -96,12 +96,17 @@ def _reason(error: BaseException) -> str:
     return text
 
 
+def _code(error: BaseException) -> str:
+    """The name that S3 gives an error, or ""."""
+    response = getattr(error.__cause__, "response", None) or {}
+    return str(response.get("Error", {}).get("Code", ""))
+
+
 def _concerns_one(error: BaseException) -> bool:
     """Whether an error is about the object that was asked for, and the next one may be fine."""
-    response = getattr(error.__cause__, "response", None) or {}
-    if response.get("Error", {}).get("Code") in REFUSED_KEYS:
-        return False
-    return isinstance(error, FileNotFoundError | PermissionError | IsADirectoryError)
+    return _code(error) not in REFUSED_KEYS and isinstance(
+        error, FileNotFoundError | PermissionError | IsADirectoryError
+    )
 
 
 @contextlib.contextmanager
@@ -137,7 +142,9 @@ def kind_of(url: str) -> str:
             return "folder"
         try:
             return "folder" if filesystem.info(path)["type"] == "directory" else "file"
-        except FileNotFoundError:
+        except FileNotFoundError as error:
+            if _code(error) == "NoSuchBucket":
+                raise UsageError(f"{url}: {_reason(error)}") from error
             return ""
 
 

@@ -164,7 +164,7 @@ def parse(sources: Sequence[str], list_file: str | None, out: str, suffixes: fro
     kept = [
         (kind, path)
         for (kind, path), anchor in zip(entries, anchors, strict=True)
-        if not any(_inside(absolute(path), folder) for folder in folders)  # it is found there
+        if not any(_inside(absolute(path).rstrip("/"), folder) for folder in folders)  # it is found there
     ]
     return Sources(tuple(kept), base, out, suffixes)
 
