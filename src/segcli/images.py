@@ -58,18 +58,26 @@ class Picture:
     notes: tuple[str, ...] = ()
 
 
-def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Picture:
+Announce = Callable[[int], object]  # hears how many pixels there are, before they are decoded
+
+
+def _nobody(pixels: int) -> None:
+    pass
+
+
+def read_image(path: Path, max_pixels: int = MAX_PIXELS, announce: Announce = _nobody) -> Picture:
     """Read a picture as a viewer shows it.
 
     Args:
         path: A file in one of `FORMATS`; its suffix does not matter.
         max_pixels: Files whose header announces more are refused before they are decoded.
+        announce: Called with the number of pixels by the header, before decoding.
 
     Raises:
         ImageError: The file is not a picture, is damaged, cut off or too large. The message is the reason.
         MemoryError: The picture does not fit into memory.
     """
-    with _decoded(path, max_pixels) as (image, tile):
+    with _decoded(path, max_pixels, announce) as (image, tile):
         orientation = _orientation(image)
         notes: list[str] = []
         if image.mode.startswith(("I", "F")):
@@ -85,9 +93,9 @@ def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Picture:
     return Picture(pixels, tuple(notes))
 
 
-def read_color_map(path: Path, max_pixels: int = MAX_PIXELS) -> Pixels:
+def read_color_map(path: Path, max_pixels: int = MAX_PIXELS, announce: Announce = _nobody) -> Pixels:
     """Read a colour-coded label map, uint8 (H, W, 3) RGB. Raises ImageError, also for lossy formats."""
-    with _decoded(path, max_pixels) as (image, _):
+    with _decoded(path, max_pixels, announce) as (image, _):
         _refuse_lossy(image)
         return _rgb(image, _orientation(image), [])
 
@@ -97,7 +105,9 @@ def read_label_map(path: Path, max_pixels: int = MAX_PIXELS) -> Labels:
     return read_mask(path, max_pixels)[0]
 
 
-def read_mask(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[Labels, Pixels | None]:
+def read_mask(
+    path: Path, max_pixels: int = MAX_PIXELS, announce: Announce = _nobody
+) -> tuple[Labels, Pixels | None]:
     """Read a class map: a palette, grey or 16-bit picture, or a two-dimensional .npy file.
 
     Returns:
@@ -109,7 +119,7 @@ def read_mask(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[Labels, Pixels 
     """
     if path.suffix.lower() == ".npy":
         return _read_npy(path, max_pixels), None
-    with _decoded(path, max_pixels) as (image, tile):
+    with _decoded(path, max_pixels, announce) as (image, tile):
         _refuse_lossy(image)
         values: npt.NDArray[Any] = np.asarray(image)
         if image.mode == "F":
@@ -127,7 +137,7 @@ def read_mask(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[Labels, Pixels 
 
 
 @contextlib.contextmanager
-def _decoded(path: Path, max_pixels: int) -> Iterator[tuple[Image.Image, Any]]:
+def _decoded(path: Path, max_pixels: int, announce: Announce) -> Iterator[tuple[Image.Image, Any]]:
     """The first frame, fully loaded, and Pillow's note on how it was stored (the first tile, or None).
 
     Whatever Pillow raises here or in the block becomes an ImageError with a short reason.
@@ -140,6 +150,7 @@ def _decoded(path: Path, max_pixels: int) -> Iterator[tuple[Image.Image, Any]]:
                 raise ImageError(
                     f"{image.width:,} x {image.height:,} pixels are more than the limit of {max_pixels:,}"
                 )
+            announce(image.width * image.height)
             tile = image.tile[0] if image.tile else None
             image.load()
             yield image, tile

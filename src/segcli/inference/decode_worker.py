@@ -24,34 +24,34 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from segcli import images
 from segcli.errors import ImageError
 
 Array = npt.NDArray[Any]
-Reader = Callable[[str], tuple[Array, tuple[str, ...], Array | None]]
+Reader = Callable[[str, images.Announce], tuple[Array, tuple[str, ...], Array | None]]
 
 LARGE = 2_000_000  # pixels; a worker asks before it decodes more
+PIECE = 1 << 20  # bytes of a file that are hashed at a time
 GIB = 1 << 30
 FRAME = struct.Struct("!IQ")  # length of the header, length of the pixels
 
 
-def read_image(path: str) -> tuple[Array, tuple[str, ...], None]:
+def read_image(path: str, announce: images.Announce) -> tuple[Array, tuple[str, ...], None]:
     """An image as displayed: uint8 (H, W, 3), and notes."""
-    picture = images.read_image(Path(path))
+    picture = images.read_image(Path(path), images.MAX_PIXELS, announce)
     return picture.pixels, picture.notes, None
 
 
-def read_mask(path: str) -> tuple[Array, tuple[str, ...], Array | None]:
+def read_mask(path: str, announce: images.Announce) -> tuple[Array, tuple[str, ...], Array | None]:
     """A label map: integers (H, W), and its palette, uint8 (256, 3), when it has one."""
-    labels, palette = images.read_mask(Path(path))
+    labels, palette = images.read_mask(Path(path), images.MAX_PIXELS, announce)
     return labels, (), palette
 
 
-def read_colors(path: str) -> tuple[Array, tuple[str, ...], None]:
+def read_colors(path: str, announce: images.Announce) -> tuple[Array, tuple[str, ...], None]:
     """A colour-coded label map: uint8 (H, W, 3)."""
-    return images.read_color_map(Path(path)), (), None
+    return images.read_color_map(Path(path), images.MAX_PIXELS, announce), (), None
 
 
 READERS: dict[str, Reader] = {"image": read_image, "mask": read_mask, "colors": read_colors}
@@ -74,23 +74,27 @@ def decode(path: str, reader: str, ask: Callable[[int], None]) -> tuple[dict[str
         A header with "problem" or with "notes", and the pixels when there was no problem. Both kinds have
         "content" (size, times and SHA-256 of the file, None when it could not be read) and "milliseconds".
     """
+
+    def announce(pixels: int) -> None:
+        if pixels > LARGE:
+            ask(pixels)
+
     start = time.perf_counter()
     header: dict[str, Any] = {"problem": "", "notes": [], "content": None, "palette": None}
     pixels: Array | None = None
     try:
         before = os.stat(path)
+        digest = hashlib.sha256()  # hashlib.file_digest clears 256 KiB first, more than most masks have
         with open(path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            while piece := file.read(PIECE):
+                digest.update(piece)
         header["content"] = {
             "size": before.st_size,
             "mtime_ns": before.st_mtime_ns,
             "ctime_ns": before.st_ctime_ns,
-            "sha256": sha256,
+            "sha256": digest.hexdigest(),
         }
-        size = pixels_announced(path)
-        if LARGE < size <= images.MAX_PIXELS:
-            ask(size)
-        pixels, notes, palette = READERS[reader](path)
+        pixels, notes, palette = READERS[reader](path, announce)
         header["notes"] = list(notes)
         header["palette"] = None if palette is None else palette.tobytes().hex()
         after = os.stat(path)
@@ -114,13 +118,6 @@ def decode(path: str, reader: str, ask: Callable[[int], None]) -> tuple[dict[str
         pixels = None
     header["milliseconds"] = (time.perf_counter() - start) * 1e3
     return header, pixels
-
-
-def pixels_announced(path: str) -> int:
-    """Number of pixels by the file's header; 0 when it has none that can be understood."""
-    with contextlib.suppress(Exception), Image.open(path, formats=images.FORMATS) as image:
-        return image.width * image.height
-    return 0
 
 
 def send(connection: socket.socket, header: dict[str, Any], pixels: Array | None = None) -> None:

@@ -139,7 +139,7 @@ class Folder:
         record: Where lock and manifest lie in it: for all of it, or those of a shard.
     """
 
-    at_a_time = 2
+    at_a_time = 8  # they wait for the disk, which takes what waits together
 
     def __init__(self, path: Path, record: str = RUN_FOLDER) -> None:
         self._path = path
