@@ -25,7 +25,7 @@ from segcli.inference.ahead import Ahead
 from segcli.inference.decode_worker import LARGE, seconds_for
 from segcli.inference.decoders import Decoded, Decoders
 from segcli.inference.products import encode_npz, encode_products
-from segcli.inference.segmentation import Segmentation, Segmenter, classify, resized_rows
+from segcli.inference.segmentation import Segmentation, Segmenter, classify
 from segcli.inference.sources import Input
 from segcli.models.checkpoint import Model, ModelInfo
 from segcli.models.fcn import Network
@@ -348,17 +348,6 @@ def test_classes_of_scores_written_out() -> None:
     assert result.probabilities.dtype == np.float16
     expected = [[[0.0900, 0.4683]], [[0.6652, 0.0634]], [[0.2447, 0.4683]]]
     np.testing.assert_allclose(result.probabilities, expected, atol=5e-4)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (7, 5), (9, 11), (40, 23), (23, 40), (5, 11), (9, 80)])
-@pytest.mark.parametrize("rows", [1, 4, 1000])
-def test_bands_of_rows_are_the_whole(size: tuple[int, int], rows: int) -> None:
-    scores = torch.randn(3, 9, 11, generator=torch.Generator().manual_seed(0))
-    whole = F.interpolate(scores[None], size, mode="bilinear", align_corners=False)[0]
-    bands = [
-        resized_rows(scores, size, slice(top, min(top + rows, size[0]))) for top in range(0, size[0], rows)
-    ]
-    torch.testing.assert_close(torch.cat(bands, 1), whole)
 
 
 def test_classes_do_not_depend_on_the_height_of_bands(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -110,10 +110,15 @@ def generic_class_set(n: int) -> ClassSet:
     return ClassSet("generic", names, colors[:n], ignore, colors[ignore])
 
 
+COUNTED = 1 << 22  # ids at a time: NumPy makes eight bytes of each
+
+
 def count_ids(labels: Labels) -> dict[int, int]:
     """How many pixels every id has, for ids that occur, in increasing order."""
     if labels.dtype.itemsize <= 2:
-        counts = np.bincount(labels.ravel())
+        flat, counts = labels.ravel(), np.zeros(2 ** (8 * labels.dtype.itemsize), np.int64)
+        for start in range(0, flat.size, COUNTED):
+            counts += np.bincount(flat[start : start + COUNTED], minlength=len(counts))
         return {number: int(counts[number]) for number in np.flatnonzero(counts).tolist()}
     return dict(zip(*(part.tolist() for part in np.unique(labels, return_counts=True)), strict=True))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,14 +27,16 @@ from segcli.inference.products import encode_products
 from segcli.inference.tta import TTA, average
 from segcli.models.checkpoint import Model
 from segcli.models.prepared import prepare
-from segcli.models.preprocessing import network_size, to_tensor
+from segcli.models.preprocessing import network_size, normalize, resize
+from segcli.models.strips import InStrips, Strips
+from segcli.palettes import count_ids
 
 # PyTorch's CPU library keeps compiled code for every size of image it has seen: 1024 pieces, about 400 MB on
 # a folder of mixed sizes. A quarter of that is enough for one size of every layer. It is read at first use.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 GPU_BATCH = 16  # images at a time where nothing else was asked for; halved when memory runs out
-BAND = 1 << 24  # scores that are resized at a time, whatever the size of the image
+BAND = 1 << 24  # scores of the full size at a time, whatever the size of the image
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Segmenter:
         opacity: Of the colours in overlays, 0 to 1.
         tta: Variants of an image whose probabilities are averaged, a key of `tta.TTA`.
         precision: fp32, bf16 or fp16, see `device.pick_precision`.
+        tile: Rows of an image that are computed at a time; 0 computes it whole, None goes by its size.
     """
 
     def __init__(
@@ -71,9 +74,13 @@ class Segmenter:
         opacity: float = 0.5,
         tta: str = "none",
         precision: str = "fp32",
+        tile: int | None = None,
     ) -> None:
         self.network = prepare(model.network, device, precision)
-        self.variants = TTA[tta]
+        self.finest_scores = InStrips(
+            lambda pixels: self.network.score_pyramid(normalize(pixels, self.preprocessing))[-1], tile
+        )
+        self.variants = None if tta == "none" else TTA[tta]
         only_labels = tta == "none" and not {"confidence", "scores"} & set(kinds)
         # On a GPU the full size costs little, and looking for borders makes it wait for the CPU.
         self.lattice = lattice_of(model.network) if only_labels and device.type == "cpu" else None
@@ -103,14 +110,9 @@ class Segmenter:
     def encode(self, picture: Decoded, result: Segmentation) -> tuple[dict[str, bytes], dict[str, float]]:
         """The files of a picture by kind, and the share of every class that occurs in it."""
         files = encode_products(_pixels(picture), result, self.classes, self.kinds, self.opacity, self.second)
-        counts = np.bincount(result.labels.ravel(), minlength=len(self.classes))
         total = result.labels.size
-        shares = {
-            name: round(int(count) / total, 6)
-            for name, count in zip(self.classes.names, counts, strict=True)
-            if count
-        }
-        return files, shares
+        counts = count_ids(result.labels)
+        return files, {self.classes.names[id_]: round(count / total, 6) for id_, count in counts.items()}
 
     def _batches(self, pictures: Iterator[Decoded]) -> Iterator[list[Decoded]]:
         """Pictures that the network sees at one size, together; large ones alone."""
@@ -136,7 +138,7 @@ class Segmenter:
     def scores(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Tensor | ImageError]:
         """Scores (C, h, w) of images that the network sees at one size; fewer at a time when memory runs out.
 
-        Where there is a lattice they are the network's finest scores, at its own stride.
+        They are the network's finest, at its own stride; of several variants, the mean at the size it sees.
         """
         try:
             return self._computed(images)
@@ -159,10 +161,12 @@ class Segmenter:
         return self.scores(images[:half]) + self.scores(images[half:])
 
     def _computed(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Tensor | ImageError]:
-        batch = torch.cat([to_tensor(image, self.preprocessing) for image in images]).to(self.device)
-        if self.lattice:
-            return list(self.network.score_pyramid(batch)[-1])
-        return list(average(self.network, batch, self.variants, self.heads))
+        resized = [np.ascontiguousarray(resize(image, self.preprocessing)) for image in images]
+        pixels = torch.cat([torch.from_numpy(image).permute(2, 0, 1)[None] for image in resized])
+        pixels = pixels.to(self.device)
+        if self.variants is None:
+            return list(self.finest_scores(pixels))
+        return list(average(self.network, normalize(pixels, self.preprocessing), self.variants, self.heads))
 
     def result(self, picture: Decoded, scores: Tensor | ImageError) -> Segmentation | ImageError:
         """The segmentation of a picture from its `scores`."""
@@ -171,11 +175,12 @@ class Segmenter:
         height, width = _pixels(picture).shape[:2]
         seen = self._seen(picture)
         try:
-            first, *others = torch.split(scores, self.heads)
-            result = self._classified(first, seen, (height, width))
+            first, *others = np.cumsum([0, *self.heads]).tolist()
+            result = self._classified(scores, slice(first, others[0]), seen, (height, width))
             if "geometric" not in self.kinds:
                 return result
-            return replace(result, second=self._classified(others[0], seen, (height, width)).labels)
+            second = self._classified(scores, slice(*others), seen, (height, width))
+            return replace(result, second=second.labels)
         except ImageError as error:
             return error
         except (RuntimeError, MemoryError) as error:
@@ -183,12 +188,18 @@ class Segmenter:
                 return ImageError(f"there is not enough memory for results of {width} x {height} pixels")
             return ImageError(f"its scores cannot be turned into classes: {first_line(error)}")
 
-    def _classified(self, scores: Tensor, seen: tuple[int, int], size: tuple[int, int]) -> Segmentation:
-        """What one head says."""
+    def _classified(
+        self, scores: Tensor, head: slice, seen: tuple[int, int], size: tuple[int, int]
+    ) -> Segmentation:
+        """What one head says, from the scores of all."""
         if self.lattice:
-            check_finite(scores)
-            return Segmentation(labels_from_coarse(scores, self.lattice, seen, size))
-        return classify(scores, size, "confidence" in self.kinds, "scores" in self.kinds)
+            check_finite(scores[head])
+            return Segmentation(labels_from_coarse(scores[head], self.lattice, seen, size))
+
+        def upsample(scores: Tensor) -> Tensor:
+            return (scores if self.variants else self.network.upsample(scores, seen))[:, head]
+
+        return classify(scores, size, "confidence" in self.kinds, "scores" in self.kinds, upsample)
 
 
 def _pixels(picture: Decoded) -> npt.NDArray[np.uint8]:
@@ -197,28 +208,44 @@ def _pixels(picture: Decoded) -> npt.NDArray[np.uint8]:
 
 
 def classify(
-    scores: Tensor, size: tuple[int, int], confidence: bool = False, probabilities: bool = False
+    scores: Tensor,
+    size: tuple[int, int],
+    confidence: bool = False,
+    probabilities: bool = False,
+    upsample: Callable[[Tensor], Tensor] = torch.Tensor.float,
 ) -> Segmentation:
     """The classes of an image from its scores.
 
     Args:
         scores: Before softmax, float (C, h, w), on any device.
-        size: (H, W) of the image. Scores of another size are resized to it bilinearly, a band of rows at a
-            time, before the classes are decided, so that borders are smooth.
+        size: (H, W) of the image. Scores of another size are resized to it bilinearly before the classes are
+            decided, so that borders are smooth; a band of rows at a time.
         confidence, probabilities: Also compute these.
+        upsample: What is done to the scores, (1, C, h, w), before that.
 
     Raises:
         ImageError: A score is not a finite number.
     """
-    height, width = size
-    count = scores.shape[0]
-    labels = np.empty(size, np.uint8 if count <= 256 else np.uint16)
-    certainty = np.empty(size, np.uint8) if confidence else None
-    shares = np.empty((count, *size), np.float16) if probabilities else None
-    rows = max(1, BAND // (count * width))
-    for top in range(0, height, rows):
-        band = slice(top, min(top + rows, height))
-        values = resized_rows(scores.float(), size, band)  # (C, rows, W)
+
+    def full_size(scores: Tensor) -> Tensor:
+        scores = upsample(scores.float())
+        if tuple(scores.shape[2:]) == size:
+            return scores
+        return F.interpolate(scores, size, mode="bilinear", align_corners=False)
+
+    scores = scores[None]
+    bands = Strips(full_size, scores)
+    labels = certainty = shares = None
+    top = 0
+    for values in bands.run(scores, bands.count(4 * BAND)):
+        values = values[0]  # (C, rows, W)
+        if labels is None:
+            count = len(values)
+            labels = np.empty(size, np.uint8 if count <= 256 else np.uint16)
+            certainty = np.empty(size, np.uint8) if confidence else None
+            shares = np.empty((count, *size), np.float16) if probabilities else None
+        band = slice(top, top + values.shape[1])
+        top = band.stop
         best, winner = values.max(0)
         check_finite(best)
         labels[band] = winner.cpu().numpy()
@@ -228,6 +255,7 @@ def classify(
                 certainty[band] = (soft.amax(0) * 255).round().cpu().numpy()
             if shares is not None:
                 shares[:, band] = soft.half().cpu().numpy()
+    assert labels is not None
     return Segmentation(labels, certainty, shares)
 
 
@@ -235,26 +263,6 @@ def check_finite(scores: Tensor) -> None:
     """Raise ImageError where a score is not a finite number."""
     if not torch.isfinite(scores).all():
         raise ImageError("the network gave scores that are not finite numbers; the model is damaged")
-
-
-def resized_rows(scores: Tensor, size: tuple[int, int], rows: slice) -> Tensor:
-    """Some rows of scores (C, h, w) resized bilinearly to `size`, (C, len(rows), W).
-
-    Pixels are areas, as in `F.interpolate(align_corners=False)`: row y of H lies at (y + 0.5) * h / H - 0.5.
-    """
-    height, width = size
-    if (height, width) == scores.shape[1:]:
-        return scores[:, rows]
-    source = (torch.arange(rows.start, rows.stop, device=scores.device) + 0.5) * (scores.shape[1] / height)
-    source = (source - 0.5).clamp(min=0)
-    upper = source.long().clamp(max=scores.shape[1] - 1)
-    lower = (upper + 1).clamp(max=scores.shape[1] - 1)
-    share = (source - upper)[:, None]  # (rows, 1) of the lower row
-    mixed = scores[:, upper] * (1 - share) + scores[:, lower] * share  # (C, rows, w)
-    if width == scores.shape[2]:
-        return mixed
-    size_of_band = (mixed.shape[1], width)
-    return F.interpolate(mixed[None], size_of_band, mode="bilinear", align_corners=False)[0]
 
 
 def first_line(error: BaseException) -> str:

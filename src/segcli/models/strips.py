@@ -250,7 +250,7 @@ class InStrips:
         height = image.shape[2]
         if self._rows is not None:
             return -(-height // self._rows) if self._rows else 1
-        return max(1, -(-self.strips(image).largest() // WORKING[image.device.type]))
+        return self.strips(image).count(WORKING[image.device.type])
 
     def strips(self, image: Tensor) -> Strips:
         """The operations on an image of this shape."""
@@ -286,6 +286,10 @@ class Strips:
     def largest(self) -> int:
         """The bytes of the input and output of the operation where these are the most, on the whole image."""
         return max(step.bytes + sum(source.bytes for source in step.inputs) for step in self.steps)
+
+    def count(self, working: int) -> int:
+        """In how many strips its input and output take up to `working` bytes, roughly."""
+        return max(1, -(-self.largest() // working))
 
     def kept(self) -> int:
         """The most bytes of maps that are kept whole at a time."""
