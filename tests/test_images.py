@@ -631,7 +631,9 @@ def test_a_cut_or_lying_npy_allocates_nothing(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.zeros((8, 8), np.uint8))
     content = (tmp_path / "a.npy").read_bytes()
     lying = content.replace(b"(8, 8), ", b"(99999999999, 8), ".ljust(8))
-    for wrong in (content[:-1], content[:60], b"", lying):
+    unclosed = content.replace(b"(8, 8), }", b"(8, 8(, }")
+    assert unclosed != content
+    for wrong in (content[:-1], content[:60], b"", lying, unclosed):
         (tmp_path / "a.npy").write_bytes(wrong)
         with pytest.raises(ImageError):
             read_label_map(tmp_path / "a.npy")

@@ -366,7 +366,9 @@ def _read_npy(path: Path, max_pixels: int) -> Labels:
         values = np.load(path, mmap_mode="r", allow_pickle=False)  # mapped: a lying header allocates nothing
     except OSError as error:
         raise ImageError(f"cannot be read: {error.strerror or error}") from error
-    except (ValueError, EOFError, SyntaxError, TypeError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged header makes NumPy's parser raise about every built-in exception
         raise ImageError("not a NumPy array of numbers, or cut off") from error
     if values.ndim != 2 or not values.size:
         raise ImageError(f"an array of shape {values.shape}; a class map has the shape (height, width)")
