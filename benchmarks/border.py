@@ -3,8 +3,9 @@
     OMP_NUM_THREADS=1 python benchmarks/border.py [--size 375 500] [--rounds 5]
 
 Prints multiplications, what they would take at this machine's measured matrix rate, what both networks took
-(interleaved, medians; on a busy machine believe the processor time), how far their scores lie apart, and what
-the label map took from scores of the full size and from cells of the coarse ones. Weights are random.
+(interleaved, medians; on a busy machine believe the processor time), also in bf16, how far their scores lie
+apart, what the bundled models take for an image of that size, and what the label map took from scores of the
+full size and from cells of the coarse ones. Weights are random, but for the bundled models.
 """
 
 from __future__ import annotations
@@ -23,8 +24,12 @@ from torch import nn
 
 from segcli.inference.cells import labels_from_coarse, lattice_of
 from segcli.inference.segmentation import classify
+from segcli.models.checkpoint import load_model
+from segcli.models.prepared import prepare
+from segcli.models.preprocessing import to_tensor
 from segcli.models.vgg import CONVOLUTIONS_PER_STAGE, FIRST_PADDING, VGG16FCN, WIDTHS
-from segcli.models.windowed import STAGES, WindowedVGG16, trace
+from segcli.models.windowed import STAGES, trace
+from segcli.models.zoo import bundled_models
 
 CLASSES = 21
 KERNEL = 3
@@ -114,14 +119,31 @@ def main() -> None:
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight)
             nn.init.normal_(layer.bias, std=0.1)  # type: ignore[arg-type]
-    fast = WindowedVGG16(network)
+    cpu = torch.device("cpu")
+    fast, reduced = prepare(network, cpu), prepare(network, cpu, "bf16")
     images = torch.randn(1, 3, height, width) * 60
     with torch.inference_mode():
-        jobs = {"plain": lambda: network(images), "windowed": lambda: fast(images)}
+        jobs = {
+            "plain": lambda: network(images),
+            "windowed": lambda: fast(images),
+            "windowed, bf16": lambda: reduced(images),
+        }
         show("scores of the full size", interleaved(jobs, options.rounds))
-        expected, found = network(images), fast(images)
-        error = (expected - found).abs().max()
-        print(f"  apart by at most {error:.1e}, {error / expected.abs().max():.1e} of the largest score")
+        expected = network(images)
+        for name, other in (("windowed", fast), ("bf16", reduced)):
+            error = (expected - other(images)).abs().max()
+            share = error / expected.abs().max()
+            print(f"  {name} apart by at most {error:.1e}, {share:.1e} of the largest score")
+
+        for name, file in bundled_models().items():
+            model = load_model(file)
+            pixels = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8).numpy()
+            seen = to_tensor(pixels, model.info.preprocessing)
+            networks = {how: prepare(model.network, cpu, how) for how in ("fp32", "bf16")}
+            jobs = {"as trained": lambda model=model, seen=seen: model.network.score_pyramid(seen)} | {
+                how: lambda each=each, seen=seen: each.score_pyramid(seen) for how, each in networks.items()
+            }
+            show(f"{name}, which sees {seen.shape[3]} x {seen.shape[2]}", interleaved(jobs, options.rounds))
 
         # Label maps: large regions with wavering borders, since random weights give hardly any.
         shape = fast.score_pyramid(images)[-1].shape[-2:]
