@@ -1,8 +1,9 @@
-"""Which device and which precision to compute with."""
+"""Which device, which precision and which library to compute with."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 
 import torch
 
@@ -31,6 +32,25 @@ def pick_device(name: str) -> torch.device:
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--device mps: this machine has no Apple GPU; use --device auto or --device cpu")
     return torch.device(kind)
+
+
+def pick_runtime(runtime: str, device: str) -> torch.device:
+    """The device of that name, see `pick_device`, for a library that computes: torch or openvino.
+
+    OpenVINO computes on the processor, also where `auto` would take a GPU.
+
+    Raises:
+        UsageError: The library is unknown or not installed, or the device is not there or not for it.
+    """
+    if runtime not in ("torch", "openvino"):
+        raise UsageError(f"--runtime {runtime!r} is unknown; use torch or openvino")
+    if runtime == "torch":
+        return pick_device(device)
+    if find_spec("openvino") is None:
+        raise UsageError("--runtime openvino needs OpenVINO; run: pip install 'segcli[openvino]'")
+    if device not in ("auto", "cpu"):
+        raise UsageError(f"--runtime openvino computes on the processor; leave out --device {device}")
+    return pick_device("cpu")
 
 
 def describe(device: torch.device) -> str:

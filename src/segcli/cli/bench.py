@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from segcli.cli.downloading import get_model
-from segcli.cli.options import Device, Json, Model, Offline, Precision, Quiet, Verbose
+from segcli.cli.options import Device, Json, Model, Offline, Precision, Quiet, Runtime, Verbose
 from segcli.cli.predict import BatchSize, batch_size_of, kinds_of
 from segcli.cli.runs import Workers, default_workers
 from segcli.cli.terminal import Terminal
@@ -36,6 +36,7 @@ def bench(
     sizes: Sizes = None,
     device: Device = "auto",
     precision: Precision = "auto",
+    runtime: Runtime = "torch",
     batch_size: BatchSize = "auto",
     runs: Runs = 10,
     images: Images = 100,
@@ -63,23 +64,29 @@ def bench(
     import torch
 
     from segcli import __version__
-    from segcli.device import describe, pick_device, pick_precision
+    from segcli.device import describe, pick_precision, pick_runtime
     from segcli.inference import benchmark
     from segcli.inference.segmentation import Segmenter
     from segcli.models.checkpoint import load_model
+    from segcli.models.prepared import prepare
 
-    picked = pick_device(device)
+    picked = pick_runtime(runtime, device)
     precision = pick_precision(precision, picked)
     loaded = load_model(model_file)
     parameters = sum(parameter.numel() for parameter in loaded.network.parameters())
-    segmenter = Segmenter(loaded, picked, kinds_of("mask,overlay"), images_at_a_time, precision=precision)
+    segmenter = Segmenter(
+        loaded, picked, kinds_of("mask,overlay"), images_at_a_time, precision=precision, runtime=runtime
+    )
+    counted = segmenter.network if runtime == "torch" else prepare(loaded.network, picked)
     progress = Terminal(quiet)
-    progress.say(f"Measuring {model_file.stem} on {describe(picked)} in {precision}: {runs} runs.")
+    progress.say(
+        f"Measuring {model_file.stem} on {describe(picked)} in {precision}, by {runtime}: {runs} runs."
+    )
     found_sizes = [benchmark.Size(*size) for size in chosen]
     with tempfile.TemporaryDirectory(prefix="segcli-bench-") as name:
         folder = Path(name)
         rates = benchmark.matrix_rates(picked, runs)
-        speeds = benchmark.speeds(segmenter, segmenter.network, found_sizes, runs, folder / "single")
+        speeds = benchmark.speeds(segmenter, counted, found_sizes, runs, folder / "single")
         whole = None
         if images:
             progress.say(f"Segmenting a folder of {images} photographs.")
@@ -97,6 +104,7 @@ def bench(
         "network": loaded.info.network,
         "parameters": parameters,
         "precision": precision,
+        "runtime": runtime,
         "batch_size": segmenter.batch_size,
         "runs": runs,
         "matrix_gflops": {key: round(rate / GIGA, 1) for key, rate in rates.items()},
@@ -151,7 +159,8 @@ def show(content: dict[str, Any], terminal: Terminal) -> None:
     """The same for people, in 80 columns."""
     terminal.say(
         f"\n{content['model']} ({content['network']}, {content['parameters'] / 1e6:.1f} million weights) "
-        f"in {content['precision']}\non {content['device']}, {content['processor']}\n"
+        f"in {content['precision']},\n"
+        f"by {content['runtime']} on {content['device']}, {content['processor']}\n"
     )
     at_a_time = "one image" if content["batch_size"] == 1 else f"{content['batch_size']} images"
     rows = []

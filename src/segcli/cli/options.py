@@ -18,6 +18,9 @@ Precision = Annotated[
         help="auto, fp32, bf16 or fp16 (GPU); auto takes bf16 where the hardware computes in it, else fp32."
     ),
 ]
+Runtime = Annotated[
+    str, typer.Option(help="torch, or openvino: faster on many processors; needs 'segcli[openvino]'.")
+]
 Model = Annotated[str, typer.Option("--model", "-m", help="A name of `segcli models list`, or a model file.")]
 Offline = Annotated[
     bool, typer.Option("--offline", help="Do not use the network; SEGCLI_OFFLINE=1 says so for all commands.")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from segcli.cli.downloading import get_model
-from segcli.cli.options import Device, Json, Model, Offline, Precision, Quiet, Tta, Verbose
+from segcli.cli.options import Device, Json, Model, Offline, Precision, Quiet, Runtime, Tta, Verbose
 from segcli.cli.runs import (
     Overwrite,
     Workers,
@@ -73,6 +73,7 @@ def predict(
     overwrite: Overwrite = False,
     device: Device = "auto",
     precision: Precision = "auto",
+    runtime: Runtime = "torch",
     batch_size: BatchSize = "auto",
     workers: Workers = None,
     size: Size = None,
@@ -125,9 +126,9 @@ def predict(
         kinds.append("geometric")
 
     # What cannot be had is an error even when there is nothing to do, and results depend on the precision.
-    from segcli.device import describe, pick_device, pick_precision
+    from segcli.device import describe, pick_precision, pick_runtime
 
-    picked = pick_device(device)
+    picked = pick_runtime(runtime, device)
     precision = pick_precision(precision, picked)
 
     def start() -> Segmenter:
@@ -139,8 +140,9 @@ def predict(
         images = "1 image" if progress.total == 1 else images
         classes = f"{len(loaded.info.class_set)} classes"
         computing = f"on {describe(picked)} in {precision}"
+        computing += " by OpenVINO" if runtime == "openvino" else ""
         terminal.say(f"Segmenting {images} with {model_file.stem} ({classes}) {computing}.")
-        segmenter = Segmenter(loaded, picked, kinds, images_at_a_time, size, opacity, tta, precision)
+        segmenter = Segmenter(loaded, picked, kinds, images_at_a_time, size, opacity, tta, precision, runtime)
         if verbose:
             at_a_time = f"{segmenter.batch_size} at a time; workers that read: {task.workers}"
             terminal.say(
@@ -160,6 +162,7 @@ def predict(
             "tta": tta,
             "opacity": opacity,
             "precision": precision,
+            "runtime": runtime,
         },
         options={
             "sources": sources or ["--list", list_file],

@@ -61,6 +61,7 @@ class Segmenter:
         opacity: Of the colours in overlays, 0 to 1.
         tta: Variants of an image whose probabilities are averaged, a key of `tta.TTA`.
         precision: fp32, bf16 or fp16, see `device.pick_precision`.
+        runtime: torch or openvino, see `device.pick_runtime`.
         tile: Rows of an image that are computed at a time; 0 computes it whole, None goes by its size.
     """
 
@@ -74,11 +75,18 @@ class Segmenter:
         opacity: float = 0.5,
         tta: str = "none",
         precision: str = "fp32",
+        runtime: str = "torch",
         tile: int | None = None,
     ) -> None:
-        self.network = prepare(model.network, device, precision)
+        if runtime == "openvino":
+            from segcli.models.openvino_networks import with_openvino
+
+            self.network = with_openvino(model.network, precision)
+        else:
+            self.network = prepare(model.network, device, precision)
         self.finest_scores = InStrips(
-            lambda pixels: self.network.score_pyramid(normalize(pixels, self.preprocessing))[-1], tile
+            lambda pixels: self.network.score_pyramid(normalize(pixels, self.preprocessing))[-1],
+            0 if runtime == "openvino" else tile,
         )
         self.variants = None if tta == "none" else TTA[tta]
         only_labels = tta == "none" and not {"confidence", "scores"} & set(kinds)

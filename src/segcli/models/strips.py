@@ -227,7 +227,7 @@ class InStrips:
     def __call__(self, image: Tensor) -> Tensor:
         """The map as a whole."""
         height, width = image.shape[2:]
-        if self._rows is None and len(image) * height * width <= SMALL:
+        if self._rows == 0 or (self._rows is None and len(image) * height * width <= SMALL):
             return self._function(image)
         whole, done = image.new_empty(0), 0
         for rows in self.bands(image):

@@ -1,0 +1,169 @@
+"""Networks computed by OpenVINO, on the processor: an extra library with faster convolutions.
+
+Only the convolutions go there. Which window of a VGG16 network is computed, the head and the last upsampling
+stay as they are, in PyTorch and float32, so that there is one description of every network. A part of it is
+exported once, with its height and width open: a folder of mixed sizes needs no further compilation.
+
+OpenVINO is reached by its frontend for PyTorch; `openvino.convert_model` would ask to send usage data home.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from segcli.errors import UsageError
+from segcli.models.fcn import FCN, Features, Network
+from segcli.models.vgg import VGG16FCN
+from segcli.models.windowed import STAGES, WindowedVGG16
+
+if TYPE_CHECKING:
+    from torch.export.decomp_utils import CustomDecompTable
+
+EXAMPLE = (96, 128)  # of an image or a map for the export; any other size does as well
+REMEMBERED = 256  # shapes of layers for which OpenVINO keeps what it prepared; 5000 if it is not told
+
+
+def with_openvino(network: Network, precision: str) -> Network:
+    """A network whose convolutions are computed by OpenVINO: float32 images to float32 scores, one at a time.
+
+    Args:
+        network: On the CPU, in evaluation mode. Its weights are copied as they are now.
+        precision: fp32 or bf16.
+
+    Raises:
+        UsageError: OpenVINO cannot compute this network or precision.
+    """
+    if precision not in ("fp32", "bf16"):
+        raise UsageError(f"--runtime openvino computes in fp32 or bf16, not in {precision}")
+    try:
+        return OpenVinoNetwork(network, "f32" if precision == "fp32" else "bf16")
+    except RuntimeError as error:
+        reason = (str(error) or type(error).__name__).strip().splitlines()[-1]
+        raise UsageError(f"OpenVINO cannot compute this network ({reason}); use --runtime torch") from error
+
+
+class OpenVinoNetwork(Network):
+    """See `with_openvino`."""
+
+    def __init__(self, network: Network, precision: str) -> None:
+        super().__init__()
+        self.num_classes = network.num_classes
+        self.stride = network.stride
+        self.network = network.eval()
+        self.computed: Callable[[Tensor], Sequence[Tensor]]
+        if isinstance(network, VGG16FCN):
+            self.computed = WindowedByOpenVino(network, precision).features
+        elif isinstance(network, FCN):
+            self.computed = compiled(network, network.features, 3, precision)
+        else:
+            self.computed = compiled(network, network.score_pyramid, 3, precision)
+
+    def score_pyramid(self, images: Tensor) -> list[Tensor]:
+        if isinstance(self.network, FCN):
+            return self.network.score_features(Features(*self.computed(images)))
+        return list(self.computed(images))
+
+    def upsample(self, scores: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.network.upsample(scores, size)
+
+
+class WindowedByOpenVino(WindowedVGG16):
+    """A VGG16 network where the image can reach; every stage is a compiled part, and so is all after them."""
+
+    def __init__(self, network: VGG16FCN, precision: str) -> None:
+        super().__init__(network)
+        plain = WindowedVGG16(network)
+        self._stages = {
+            stage: compiled(
+                plain, partial(plain.compute_window, stage=stage), self._channels(stage), precision
+            )
+            for stage in STAGES
+        }
+        self._whole = compiled(network, partial(fc7_of, network), self._channels(5), precision)
+
+    def _channels(self, stage: int) -> int:
+        return self._convolution(f"conv{stage}_1").in_channels
+
+    def compute_window(self, u: Tensor, stage: int) -> Tensor:
+        return self._stages[stage](u)[0]
+
+    def compute_whole(self, pool4: Tensor) -> Tensor:
+        return self._whole(pool4)[0]
+
+
+def fc7_of(network: VGG16FCN, pool4: Tensor) -> Tensor:
+    """What the network makes of pool4, with fc6 as a convolution."""
+    pool5 = network.encode_stage(pool4, 5)
+    return F.relu(network.fc7(F.relu(network.fc6(pool5))))
+
+
+class Part(nn.Module):
+    """A function of a map that uses the weights of `owner`, as a module that can be exported."""
+
+    def __init__(self, owner: nn.Module, function: Callable[[Tensor], Tensor | Sequence[Tensor]]) -> None:
+        super().__init__()
+        self.owner = owner
+        self.function = function
+
+    def forward(self, maps: Tensor) -> tuple[Tensor, ...]:
+        found = self.function(maps)
+        return (found,) if isinstance(found, Tensor) else tuple(found)
+
+
+def compiled(
+    owner: nn.Module,
+    function: Callable[[Tensor], Tensor | Sequence[Tensor]],
+    channels: int,
+    precision: str,
+) -> Callable[[Tensor], list[Tensor]]:
+    """A function of a map, (1, `channels`, H, W) of any size, as OpenVINO computes it.
+
+    Args:
+        owner: Whose weights it uses.
+        function: From one tensor to one or several.
+        channels: Of its argument.
+        precision: f32 or bf16, for OpenVINO.
+    """
+    import openvino
+    from openvino.frontend import FrontEndManager
+    from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
+
+    example = torch.zeros(1, channels, *EXAMPLE)
+    any_size = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    with torch.no_grad():
+        exported = torch.export.export(Part(owner, function).eval(), (example,), dynamic_shapes=(any_size,))
+    # The decoder has to live until the model is converted.
+    decoder = TorchFXPythonDecoder(exported.run_decompositions(_decompositions()).module())
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    options = {
+        "INFERENCE_PRECISION_HINT": precision,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "ENABLE_CPU_PINNING": False,  # other processes and threads want the processors, too
+        "CPU_RUNTIME_CACHE_CAPACITY": REMEMBERED,
+    }
+    model = openvino.Core().compile_model(frontend.convert(frontend.load(decoder)), "CPU", options)
+
+    def compute(maps: Tensor) -> list[Tensor]:
+        found = model(maps.float().contiguous().numpy(), share_inputs=True)
+        return [torch.from_numpy(output) for output in found.values()]
+
+    return compute
+
+
+def _decompositions() -> CustomDecompTable:
+    """How PyTorch's operations are broken down: those that OpenVINO knows stay whole."""
+    from openvino.frontend.pytorch.torchdynamo.export_decompositions import ops_to_not_decompose
+    from torch.export.decomp_utils import CustomDecompTable
+
+    table = CustomDecompTable()  # type: ignore[no-untyped-call]
+    for operation in ops_to_not_decompose():
+        if operation in table:
+            table.pop(operation)  # type: ignore[no-untyped-call]
+    return table
