@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
@@ -56,14 +55,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def start(folder: Path, *arguments: object, before: str = "", count: int = 2) -> list[Process]:
-    """`segcli train` in several processes, with the environment that torchrun gives them."""
+def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return int(free.getsockname()[1])
+
+
+def start(folder: Path, *arguments: object, before: str = "", count: int = 2) -> list[Process]:
+    """`segcli train` in several processes, with the environment that torchrun gives them."""
     shared = {
         "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo",
+        "MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo",
     }  # fmt: skip
     return [
         Process("train", *arguments, folder=folder, before=f"{REGISTER_TINY}\n{before}",
@@ -196,20 +198,63 @@ def test_a_killed_process_ends_the_other(tmp_path: Path, shapes: Path) -> None:
     second.kill_group()
     assert second.wait() == -signal.SIGKILL
     assert first.wait() == 1
-    assert first.errors == ""
+    assert first.errors.splitlines() == [
+        "Another process of this training has ended. The same command goes on from the last checkpoint."
+    ]
+
+
+def torchrun(folder: Path, *options: object, code: str = "") -> subprocess.Popen[str]:
+    """The documented command itself, on a network that a file registers."""
+    program = folder / "program.py"
+    program.write_text(f"{REGISTER_TINY}\n{code}\nfrom segcli.cli import main\nmain()\n")
+    words = [Path(sys.executable).with_name("torchrun")]
+    words += [program if word == "PROGRAM" else word for word in options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return subprocess.Popen(
+        list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+    )  # fmt: skip
 
 
 def test_torchrun_end_to_end(tmp_path: Path, shapes: Path, alone: Path) -> None:
-    """The documented command itself, on a network that a file registers."""
-    program = tmp_path / "program.py"
-    program.write_text(f"{REGISTER_TINY}\nfrom segcli.cli import main\nmain()\n")
-    torchrun = Path(sys.executable).with_name("torchrun")
-    command: list[Any] = [torchrun, "--standalone", "--nproc-per-node", 2, program, "train",
-                          "--data", shapes, "--out", tmp_path / "run", *PLAIN, "--json"]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, env=environment, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["epochs"] == 2  # one document, not two
+    training = ["train", "--data", shapes, "--out", tmp_path / "run", *PLAIN, "--json"]
+    with torchrun(tmp_path, "--standalone", "--nproc-per-node", 2, "PROGRAM", *training) as process:
+        out, errors = process.communicate()
+    assert process.returncode == 0, errors
+    assert json.loads(out)["epochs"] == 2  # one document, not two
+    assert_close(tmp_path / "run", alone)
+
+
+# Process 1 stops for ever in the first step of the second epoch, unless it was started again.
+HANG = """
+import os, pathlib, time
+from segcli.training import loop
+original, seen = loop.train_step, 0
+def counting(*arguments):
+    global seen
+    seen += 1
+    if os.environ["RANK"] == "0":
+        with open("steps", "a") as file:
+            file.write(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    if seen == 3 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        pathlib.Path("pid.new").write_text(str(os.getpid()))
+        pathlib.Path("pid.new").rename("pid")
+        time.sleep(1e6)
+    return original(*arguments)
+loop.train_step = counting
+"""
+
+
+def test_a_process_that_is_killed_and_a_torchrun_that_starts_all_again(
+    tmp_path: Path, shapes: Path, alone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = ["--standalone", "--nproc-per-node", 2, "--max-restarts", 1]
+    training = ["train", "--data", shapes, "--out", tmp_path / "run", *PLAIN]
+    with torchrun(tmp_path, *options, "PROGRAM", *training, code=HANG) as process:
+        wait_until((tmp_path / "pid").exists)
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+        errors = process.communicate()[1]
+    assert process.returncode == 0, errors
+    assert "exitcode: -9" in errors  # torchrun says who
+    assert (tmp_path / "steps").read_text() == "000" + "11"  # the first epoch is not done again
     assert_close(tmp_path / "run", alone)

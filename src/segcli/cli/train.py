@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from segcli.training.tasks import Task
 
 SHOWN_FINDINGS = 100
+LOST = "Another process of this training has ended. The same command goes on from the last checkpoint."
 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Run folder: model files, checkpoint, log, curves.")]
 Config = Annotated[Optional[Path], typer.Option(help="TOML file with any of the options below.")]  # noqa: UP045
@@ -101,7 +102,9 @@ def one_voice() -> Iterator[None]:
     except RuntimeError as error:
         if not distributed.lost_another(error):
             raise
-        raise typer.Exit(1) from None  # the one that failed said why
+        if distributed.rank() == 0:
+            typer.echo(LOST, err=True)
+        raise typer.Exit(1) from None
     distributed.finish()
 
 

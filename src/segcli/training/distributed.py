@@ -46,7 +46,10 @@ def start() -> None:
         return
     backends = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     try:
-        dist.init_process_group(backends, timeout=LONGEST_WAIT)
+        store, rank, size = next(dist.rendezvous("env://"))
+        # What processes left there before torchrun started all again is not for these ones.
+        store = dist.PrefixStore("attempt" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backends, store=store, rank=rank, world_size=size, timeout=LONGEST_WAIT)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise MachineError(
