@@ -22,7 +22,7 @@ def pick_device(name: str) -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda", "mps") or (number and not (kind == "cuda" and number.isdecimal())):
-        raise UsageError(f"--device {name!r} is unknown; use auto, cpu, cuda, cuda:N or mps")
+        raise UsageError(f"--device {name!r} is unknown; use auto, cpu, cuda, cuda:N, cuda:all or mps")
     if kind == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if int(number or 0) >= count:
@@ -51,6 +51,18 @@ def pick_runtime(runtime: str, device: str) -> torch.device:
     if device not in ("auto", "cpu"):
         raise UsageError(f"--runtime openvino computes on the processor; leave out --device {device}")
     return pick_device("cpu")
+
+
+def pick_devices(name: str) -> list[str]:
+    """The devices of a name that may be `cuda:all`: a list of names for `pick_device`.
+
+    Raises:
+        UsageError: The name is unknown, or the device is not there.
+    """
+    if name != "cuda:all":
+        return [str(pick_device(name))]
+    pick_device("cuda")
+    return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
 
 
 def describe(device: torch.device) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from segcli.cli.downloading import get_model
-from segcli.cli.options import Device, Json, Model, Offline, Precision, Quiet, Runtime, Tta, Verbose
+from segcli.cli.options import Json, Model, Offline, Precision, Quiet, Runtime, Tta, Verbose
 from segcli.cli.runs import (
     Overwrite,
     Workers,
@@ -61,6 +62,16 @@ ShardOption = Annotated[
 ListOnly = Annotated[
     bool, typer.Option("--list-only", help="Print the inputs (of the shard) and their number; do no more.")
 ]
+Devices = Annotated[
+    str,
+    typer.Option(
+        help="auto, cpu, cuda, cuda:N, cuda:all or mps. cuda:all is one process per GPU; auto takes a GPU "
+        "when there is one."
+    ),
+]
+Processes = Annotated[
+    int, typer.Option(min=1, help="Processes that compute, with the device and its threads shared out.")
+]
 Opacity = Annotated[float, typer.Option(min=0, max=1, help="Of the colours in overlays.")]
 
 
@@ -71,7 +82,8 @@ def predict(
     model: Model = DEFAULT_MODEL,
     save: Save = "mask,overlay",
     overwrite: Overwrite = False,
-    device: Device = "auto",
+    device: Devices = "auto",
+    processes: Processes = 1,
     precision: Precision = "auto",
     runtime: Runtime = "torch",
     batch_size: BatchSize = "auto",
@@ -103,7 +115,10 @@ def predict(
     from segcli.images import SUFFIXES
     from segcli.inference.engine import Progress
     from segcli.inference.layout import RUN_FOLDER
+    from segcli.inference.manifest import kept_precision
     from segcli.inference.pipeline import Task
+    from segcli.inference.plan import Plan
+    from segcli.inference.processes import Processes as Crew
     from segcli.inference.shards import parse_shard
     from segcli.inference.sources import parse
     from segcli.inference.storage import open_storage
@@ -122,33 +137,48 @@ def predict(
         list_inputs(found, part, terminal, "image")
         return
     model_file = get_model(model, terminal, offline)
-    if "mask" in kinds and read_info(model_file).second_class_set:
+    info = read_info(model_file)
+    if "mask" in kinds and info.second_class_set:
         kinds.append("geometric")
 
-    # What cannot be had is an error even when there is nothing to do, and results depend on the precision.
-    from segcli.device import describe, pick_precision, pick_runtime
+    devices = [device] * processes
+    if device == "cuda:all":
+        from segcli.device import pick_devices
 
-    picked = pick_runtime(runtime, device)
-    precision = pick_precision(precision, picked)
+        devices = pick_devices(device) * processes
+    if device not in ("auto", "cpu") or runtime != "torch":
+        from segcli.device import pick_runtime
 
-    def start() -> Segmenter:
-        from segcli.inference.segmentation import Segmenter
-        from segcli.models.checkpoint import load_model
+        pick_runtime(runtime, devices[0])  # what cannot be had is an error even when there is nothing to do
+    kept = None if overwrite or precision != "auto" else kept_precision(results)
+    if kept is None:
+        from segcli.device import pick_precision, pick_runtime
 
-        loaded = load_model(model_file)
+        kept = pick_precision(precision, pick_runtime(runtime, devices[0]))
+    precision = kept
+    plan = Plan(
+        model_file, devices[0], precision, kinds, images_at_a_time, size, opacity, tta, runtime, len(devices)
+    )
+
+    def announce() -> None:
+        from segcli.device import describe, pick_runtime
+
+        picked = [pick_runtime(runtime, name) for name in devices]
         images = "images" if progress.total is None else f"{progress.total:,} images"
         images = "1 image" if progress.total == 1 else images
-        classes = f"{len(loaded.info.class_set)} classes"
-        computing = f"on {describe(picked)} in {precision}"
-        computing += " by OpenVINO" if runtime == "openvino" else ""
+        names = ", ".join(map(str, picked))
+        where = describe(picked[0]) if len(picked) == 1 else f"{len(picked)} processes ({names})"
+        classes = f"{len(info.class_set)} classes"
+        computing = f"on {where} in {precision}" + (" by OpenVINO" if runtime == "openvino" else "")
         terminal.say(f"Segmenting {images} with {model_file.stem} ({classes}) {computing}.")
-        segmenter = Segmenter(loaded, picked, kinds, images_at_a_time, size, opacity, tta, precision, runtime)
         if verbose:
-            at_a_time = f"{segmenter.batch_size} at a time; workers that read: {task.workers}"
-            terminal.say(
-                f"Weights {loaded.sha256[:12]} of {model_file}; {at_a_time}; saving {', '.join(kinds)}."
-            )
-        return segmenter
+            at_a_time = f"{batch_size} at a time; workers that read: {task.workers}"
+            weights = task.settings["weights"][:12]
+            terminal.say(f"Weights {weights} of {model_file}; {at_a_time}; saving {', '.join(kinds)}.")
+
+    def start() -> Segmenter:
+        announce()
+        return plan.start()
 
     progress = Progress()
     task = Task(
@@ -169,6 +199,7 @@ def predict(
             "model": str(model_file),
             "save": kinds,
             "device": device,
+            "processes": processes,
             "batch_size": batch_size,
             "workers": workers,
         },
@@ -177,7 +208,11 @@ def predict(
         overwrite=overwrite,
         shard=part,
     )
-    seconds = run_and_show(task, progress, terminal, "image", "Segmenting")
+    crew = None
+    if len(devices) > 1:
+        plans = [replace(plan, device=name) for name in devices]
+        crew = Crew(task, [one.start for one in plans], announce)
+    seconds = run_and_show(task, progress, terminal, "image", "Segmenting", crew)
     report(task, progress, seconds, terminal, "image")
 
 

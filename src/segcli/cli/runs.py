@@ -18,6 +18,7 @@ from segcli.inference.layout import MANIFEST_FILE, RUN_FOLDER
 if TYPE_CHECKING:
     from segcli.inference.engine import Progress
     from segcli.inference.pipeline import Task
+    from segcli.inference.processes import Crew
     from segcli.inference.shards import Shard
     from segcli.inference.sources import Sources
 
@@ -111,7 +112,9 @@ def list_problems(problems: list[tuple[str, str]], total: int, where: str, termi
         terminal.warn(f"  and {total - len(problems):,} more{where}")
 
 
-def run_and_show(task: Task[Any], progress: Progress, terminal: Terminal, noun: str, doing: str) -> float:
+def run_and_show(
+    task: Task[Any], progress: Progress, terminal: Terminal, noun: str, doing: str, crew: Crew | None = None
+) -> float:
     """Run, with a progress bar or a line now and then.
 
     Args:
@@ -120,6 +123,7 @@ def run_and_show(task: Task[Any], progress: Progress, terminal: Terminal, noun: 
         terminal: Where to show it.
         noun: What the inputs are called, such as "image".
         doing: What is done to them, such as "Segmenting".
+        crew: Other processes that compute, see `engine.run`.
 
     Returns:
         The seconds that it took.
@@ -135,7 +139,7 @@ def run_and_show(task: Task[Any], progress: Progress, terminal: Terminal, noun: 
     for thread in threads:
         thread.start()
     try:
-        run(task, progress)
+        run(task, progress, crew)
     finally:
         ended.set()
         for thread in threads:

@@ -38,6 +38,8 @@ class Colorizer:
         photos: The photographs of the maps, for overlays.
     """
 
+    batch_size = 1
+
     def __init__(self, classes: ClassSet | None, legend: bool, lines: bool, photos: Photos | None) -> None:
         self.classes = classes
         self.legend = legend
@@ -80,6 +82,8 @@ class Decolorizer:
     Args:
         classes: Says which colour is which class. Other colours are errors, never guessed.
     """
+
+    batch_size = 1
 
     def __init__(self, classes: ClassSet) -> None:
         self.classes = classes

@@ -38,6 +38,7 @@ from segcli.inference.manifest import (
     write_run,
 )
 from segcli.inference.pipeline import Task, Work, failed, work_through
+from segcli.inference.processes import Crew, share_out
 from segcli.inference.shards import Shard, inputs
 from segcli.inference.sources import Input, PassedOver, Sources
 
@@ -65,12 +66,13 @@ class Progress:
         return self.done + self.skipped + self.failed
 
 
-def run(task: Task[R], progress: Progress) -> None:
+def run(task: Task[R], progress: Progress, crew: Crew | None = None) -> None:
     """Do all that is not done yet, and note it.
 
     Args:
         task: What to do.
         progress: Is kept up to date.
+        crew: Other processes that compute; without them this one does.
 
     Raises:
         UsageError: The folder is in use, or holds results of other settings.
@@ -78,7 +80,8 @@ def run(task: Task[R], progress: Progress) -> None:
     """
     stop = threading.Event()
     decoders = Decoders(task.workers, task.reader, stop, remote=task.sources.may_be_remote)
-    with Interrupts(stop, decoders.kill) as interrupts, open_manifest(task.out, task.shard) as manifest:
+    at_once = crew.kill if crew else decoders.kill
+    with Interrupts(stop, at_once) as interrupts, open_manifest(task.out, task.shard) as manifest:
         if (len(manifest) or task.shard) and not task.overwrite:
             refuse_other_settings(task.out, task.settings)
         about = {**task.options, "segcli": __version__, "settings": dict(task.settings), "started": _now()}
@@ -90,7 +93,11 @@ def run(task: Task[R], progress: Progress) -> None:
         write_run(task.out, {"state": "running", **about}, record)
         state = "failed"
         try:
-            _process(task, _Book(task, manifest, progress), decoders, interrupts, stop)
+            book = _Book(task, manifest, progress)
+            if crew:
+                _let_process(task, book, crew, stop)
+            else:
+                _process(task, book, decoders, interrupts, stop)
             progress.interrupted = interrupts.number
             state = "interrupted" if progress.interrupted else "finished"
             if state == "finished":
@@ -129,6 +136,21 @@ def _process(
     finally:
         stop.set()
         todo.thread.join(timeout=2)  # one that waits for paths on stdin is left behind
+
+
+def _let_process(task: Task[R], book: _Book, crew: Crew, stop: threading.Event) -> None:
+    todo = Ahead(_not_done(task, book), AHEAD, stop)
+
+    def ready() -> None:
+        book.progress.computing_since = book.progress.computing_since or time.monotonic()
+
+    try:
+        if todo.wait():
+            share_out(task, todo, crew, book.note, ready, stop)
+    finally:
+        stop.set()
+        crew.close()
+        todo.thread.join(timeout=2)
 
 
 def _not_done(task: Task[R], book: _Book) -> Iterator[Input]:

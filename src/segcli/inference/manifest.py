@@ -326,6 +326,16 @@ def refuse_other_settings(out: Storage, settings: Mapping[str, Any]) -> None:
         )
 
 
+def kept_precision(out: Storage) -> str | None:
+    """The precision that a folder's results have, so that `auto` goes on with it, also on other hardware.
+
+    None when there are no results, or when not every machine can compute in it.
+    """
+    settings = read_run(out).get("settings")
+    precision = settings.get("precision") if isinstance(settings, dict) else None
+    return precision if precision in ("fp32", "bf16") else None
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The settings that differ, in words."""
     names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))

@@ -122,12 +122,15 @@ def open_storage(out: str, record: str = RUN_FOLDER) -> Storage:
 
     Raises:
         UsageError: Packages that a URL needs are not installed.
+        MachineError: The path is that of a file.
     """
     out = canonical(out)
     if is_url(out):
         from segcli.inference.remote import RemoteFolder
 
         return RemoteFolder(out, record)
+    if Path(out).exists() and not Path(out).is_dir():
+        raise MachineError(f"cannot write to {out}: it is a file; choose a folder for --out")
     return Folder(Path(out), record)
 
 
@@ -181,8 +184,6 @@ class Folder:
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[Path]:
-        if self._path.exists() and not self._path.is_dir():
-            raise MachineError(f"cannot write to {self._path}: it is a file; choose a folder for --out")
         whole, record = self._path / RUN_FOLDER, self._path / self._record
         with contextlib.ExitStack() as locks:
             locks.enter_context(locked(self._path, whole / LOCK_FILE, shared=record != whole))

@@ -1,0 +1,53 @@
+"""What `segcli predict` computes with, in plain values: any process can be told, and set itself up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from segcli.inference.segmentation import Segmenter
+
+
+@dataclass(frozen=True)
+class Plan:
+    """See `segmentation.Segmenter` for what is not said here."""
+
+    model_file: Path
+    device: str  # a name for `device.pick_runtime`
+    precision: str
+    kinds: Sequence[str]
+    batch_size: int | None = None
+    shorter_side: int | None = None
+    opacity: float = 0.5
+    tta: str = "none"
+    runtime: str = "torch"
+    processes: int = 1  # among which the threads of this machine are divided
+
+    def start(self) -> Segmenter:
+        """Load the model onto the device.
+
+        Raises:
+            UsageError: The device is not there, or the model cannot be used.
+        """
+        import torch
+
+        from segcli.device import pick_runtime
+        from segcli.inference.segmentation import Segmenter
+        from segcli.models.checkpoint import load_model
+
+        if self.processes > 1:
+            torch.set_num_threads(max(1, torch.get_num_threads() // self.processes))
+        return Segmenter(
+            load_model(self.model_file),
+            pick_runtime(self.runtime, self.device),
+            self.kinds,
+            self.batch_size,
+            self.shorter_side,
+            self.opacity,
+            self.tta,
+            self.precision,
+            self.runtime,
+        )
