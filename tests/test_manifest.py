@@ -25,7 +25,7 @@ from segcli.inference.manifest import (
     write_run,
 )
 from segcli.inference.sources import Input
-from segcli.inference.storage import Content, Folder, content_now, describe
+from segcli.inference.storage import Content, Folder, content_now, describe, open_storage
 
 SETTINGS = digest({"weights": "abc"})
 
@@ -263,11 +263,8 @@ def test_a_second_process_is_refused_and_a_dead_one_is_not_waited_for(tmp_path: 
 def test_an_impossible_folder_is_named(tmp_path: Path) -> None:
     file = tmp_path / "masks"
     file.write_text("")
-    with (
-        pytest.raises(MachineError, match=r"masks: it is a file; choose a folder for --out"),
-        open_manifest(Folder(file)),
-    ):
-        pass
+    with pytest.raises(MachineError, match=r"masks: it is a file; choose a folder for --out"):
+        open_storage(str(file))
     with (
         pytest.raises(MachineError, match=r"cannot write to .*/deeper: Not a"),
         open_manifest(Folder(file / "deeper")),
