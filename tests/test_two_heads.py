@@ -37,7 +37,7 @@ def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def predict(*arguments: str) -> int:
     with pytest.raises(SystemExit) as exit_:
-        main(["predict", *arguments, "--device", "cpu", "--workers", "0"])
+        main(["predict", *arguments, "--device", "cpu", "--precision", "fp32", "--workers", "0"])
     return exit_.value.code if isinstance(exit_.value.code, int) else 0
 
 

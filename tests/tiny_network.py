@@ -51,7 +51,7 @@ class Exploding(Tiny):
     def score_pyramid(self, images: Tensor) -> list[Tensor]:
         pyramid = super().score_pyramid(images)
         if not self.training:
-            return [scores * float("nan") for scores in pyramid] if self.what == "validation" else pyramid
+            return pyramid
         self.steps += 1
         if self.steps >= self.at:
             if self.what == "loss":
@@ -59,6 +59,12 @@ class Exploding(Tiny):
             if self.what == "gradient":
                 pyramid[-1] = pyramid[-1] + torch.sqrt(pyramid[-1] * 0)  # 0, with the slope inf * 0
         return pyramid
+
+    def score_features(self, features: Features) -> list[Tensor]:
+        pyramid = super().score_features(features)
+        if self.training or self.what != "validation":
+            return pyramid
+        return [scores * float("nan") for scores in pyramid]
 
 
 NETWORKS["fcn8s-tiny"] = partial(Tiny, plain=False)
