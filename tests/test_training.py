@@ -368,11 +368,8 @@ def test_stopped_while_validating_and_resumed_equals_undisturbed(
 ) -> None:
     from segcli.cli import train_display
 
-    signals = [signal.SIGINT]  # a second one would end the process at once
-
     def stop(*_: object) -> None:
-        if signals:
-            os.kill(os.getpid(), signals.pop())
+        os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_display.Display, "validated", stop)

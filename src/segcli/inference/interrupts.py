@@ -2,7 +2,7 @@
 
 Python calls signal handlers in the main thread between two of its own instructions, so a handler has to wait
 for a network that computes for half a minute in one call. A thread hears of signals at once instead
-(`signal.set_wakeup_fd`).
+(`signal.set_wakeup_fd`), and the main thread waits for it where it comes to run its handler.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 END = b"\0"  # the number of no signal
+HEARD = 1.0  # seconds at most until a thread has heard of a signal
 
 
 class Interrupts:
@@ -62,7 +63,7 @@ class Interrupts:
             self._leave.callback(os.write, writer, END)
             self._leave.callback(signal.set_wakeup_fd, before)
             for number in SIGNALS:
-                self._leave.callback(signal.signal, number, signal.signal(number, _do_nothing))
+                self._leave.callback(signal.signal, number, signal.signal(number, self._wait))
         return self
 
     def __exit__(
@@ -78,6 +79,10 @@ class Interrupts:
             yield
         finally:
             self._getting_ready = False
+
+    def _wait(self, *_: Any) -> None:
+        """In the main thread: go on once the thread has heard, so that what comes next sees `stop`."""
+        self._stop.wait(HEARD)
 
     def _listen(self, reader: int) -> None:
         while (byte := os.read(reader, 1)) != END:
@@ -105,7 +110,3 @@ class Interrupts:
             os.write(2, b"\r\x1b[2K\x1b[?25h")
         if text and self._announce:
             os.write(2, text.encode() + b"\n")
-
-
-def _do_nothing(*_: Any) -> None:
-    """The thread has heard of it."""
