@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from corpus import ORIENTATION, bombs, broken_files, good_files, good_masks
 from fault_table import FULL, Row, tries
 from PIL import Image
 from processes import Process, run, wait_until
+from results import complete_files, tree
 from small_model import picture, save_picture, small_model
 
 from segcli.errors import ImageError
@@ -58,16 +59,6 @@ def manifest(out: Path) -> dict[str, dict[str, Any]]:
     by_source = {line["source"]: line for line in lines}
     assert len(by_source) == len(lines)
     return by_source
-
-
-def tree(out: Path) -> dict[str, bytes]:
-    """Every file but the record; no temporary file among them."""
-    files = {
-        os.fsencode(path.relative_to(out)): path.read_bytes()
-        for path in out.rglob("*")
-        if path.is_file() and path.relative_to(out).parts[0] != "_run"
-    }
-    return {os.fsdecode(name): data for name, data in files.items()}
 
 
 def assert_complete(out: Path, inputs: int) -> dict[str, dict[str, Any]]:
@@ -355,7 +346,7 @@ def test_7_killed_at_any_moment_and_run_again(twelve: Path, tmp_path: Path) -> N
             process.kill_group()
             process.wait()
             wait_until(process.group_is_gone)
-            partial = {name: data for name, data in tree(out).items() if ".segcli-" not in name}
+            partial = complete_files(out)
             assert partial.items() <= clean.items()
         if partial == clean or number == kills - 1:
             code, errors = predict(tmp_path)
@@ -499,7 +490,7 @@ def test_10_signals(twelve: Path, tmp_path: Path, numbers: str, workers: int) ->
             if numbers != "INT INT" and code > 0:
                 assert "The same command goes on from here." in process.errors
                 assert not list(out.rglob(".segcli-*"))
-            good = {name: data for name, data in tree(out).items() if ".segcli-" not in name}
+            good = complete_files(out)
             assert good.items() <= tree(twelve / "masks").items()
             code, errors = predict(tmp_path)
             assert code == 0, errors
@@ -525,6 +516,41 @@ def remount(disk: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True)
 
 
+def assert_a_full_disk_is_survived(
+    row: str,
+    disk: Path,
+    room: int,
+    clean: dict[str, bytes],
+    write: Callable[[Path], tuple[int, str]],
+    left: Callable[[Path], dict[str, bytes]] = tree,
+) -> None:
+    """Let the disk become full at ten points, then make room.
+
+    Args:
+        row: Of the table.
+        disk: See `disk`.
+        room: Bytes that there are at least.
+        clean: What is written where there is room for all.
+        write: Runs the command for an output folder; gives exit code and stderr.
+        left: The files of that folder that have to be good while the disk is full.
+    """
+    needed = sum(map(len, clean.values()))
+    count = tries(10, 1)
+    for number in range(count):
+        with Row(row):
+            out = disk / f"out{number}"
+            remount(disk, f"size={room + needed * number // (2 * count)}")
+            code, errors = write(out)
+            assert code == 3, errors
+            assert "No space left on device" in errors
+            assert_clean(errors)
+            assert left(out).items() <= clean.items()
+            remount(disk, "size=64m")
+            assert write(out)[0] == 0
+            assert tree(out) == clean
+            shutil.rmtree(out)
+
+
 def test_11_a_full_disk(twelve: Path, tmp_path: Path, disk: Path) -> None:
     copy_of(twelve, tmp_path)
     clean = tree(twelve / "masks")
@@ -543,7 +569,7 @@ def test_11_a_full_disk(twelve: Path, tmp_path: Path, disk: Path) -> None:
             assert str(out) in errors
             assert "No space left on device" in errors
             assert_clean(errors)
-            good = {name: data for name, data in tree(out).items() if ".segcli-" not in name}
+            good = complete_files(out)
             assert good.items() <= clean.items()
             remount(disk, "size=64m")
             code, errors = predict(tmp_path, "--out", out)
@@ -904,22 +930,10 @@ def test_28_colorize_on_a_full_disk(twelve: Path, tmp_path: Path, disk: Path) ->
     shutil.copytree(twelve / "masks", tmp_path / "in", ignore=shutil.ignore_patterns("_*"))
     assert colorize(tmp_path, "--out", "out")[0] == 0
     clean = tree(tmp_path / "out")
-    needed = sum(map(len, clean.values()))
-    count = tries(10, 1)
-    for number in range(count):
-        with Row("28 colorize: a full disk"):
-            out = disk / f"out{number}"
-            remount(disk, f"size={12 * 1024 + needed * number // (2 * count)}")
-            code, errors = colorize(tmp_path, "--out", out)
-            assert code == 3, errors
-            assert "No space left on device" in errors
-            assert_clean(errors)
-            good = {name: data for name, data in tree(out).items() if ".segcli-" not in name}
-            assert good.items() <= clean.items()
-            remount(disk, "size=64m")
-            assert colorize(tmp_path, "--out", out)[0] == 0
-            assert tree(out) == clean
-            shutil.rmtree(out)
+    assert_a_full_disk_is_survived(
+        "28 colorize: a full disk", disk, 12 * 1024, clean,
+        lambda out: colorize(tmp_path, "--out", out), complete_files,
+    )  # fmt: skip
 
 
 def test_28_colorize_killed_and_run_again(twelve: Path, tmp_path: Path) -> None:
@@ -935,7 +949,7 @@ def test_28_colorize_killed_and_run_again(twelve: Path, tmp_path: Path) -> None:
             process.kill_group()
             process.wait()
             wait_until(process.group_is_gone)
-            partial = {name: data for name, data in tree(out).items() if ".segcli-" not in name}
+            partial = complete_files(out)
             assert partial.items() <= clean.items()
         if partial == clean:
             shutil.rmtree(out)
@@ -1016,7 +1030,7 @@ def test_28_evaluate_killed_and_run_again(labelled: Path) -> None:
             process.kill_group()
             process.wait()
             wait_until(process.group_is_gone)
-            partial = {name: data for name, data in tree(out).items() if ".segcli-" not in name}
+            partial = complete_files(out)
             assert partial.items() <= clean.items()
         if dice.random() < 0.5:
             shutil.rmtree(out, ignore_errors=True)
@@ -1026,21 +1040,9 @@ def test_28_evaluate_killed_and_run_again(labelled: Path) -> None:
 
 def test_28_evaluate_on_a_full_disk_and_where_it_cannot_write(labelled: Path, disk: Path) -> None:
     clean = tree(labelled / "whole")
-    needed = sum(map(len, clean.values()))
-    count = tries(10, 1)
-    for number in range(count):
-        with Row("28 evaluate: a full disk"):
-            out = disk / f"out{number}"
-            remount(disk, f"size={8 * 1024 + needed * number // (2 * count)}")
-            code, errors = evaluate(labelled, out=out)
-            assert code == 3, errors
-            assert "No space left on device" in errors
-            assert_clean(errors)
-            assert tree(out).items() <= clean.items()
-            remount(disk, "size=64m")
-            assert evaluate(labelled, out=out)[0] == 0
-            assert tree(out) == clean
-            shutil.rmtree(out)
+    assert_a_full_disk_is_survived(
+        "28 evaluate: a full disk", disk, 8 * 1024, clean, lambda out: evaluate(labelled, out=out)
+    )
     (disk / "file").write_text("mine")
     remount(disk, "ro")
     for name in ("new", "file", "file/deeper", "."):

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pytest
 from PIL import Image
 from processes import wait_until
+from results import tree
 from small_model import picture, save_picture, small_model
 
 from segcli.cli import main
@@ -52,15 +53,6 @@ def lines(out: str = "masks") -> dict[str, dict[str, Any]]:
     return by_name
 
 
-def tree(out: str = "masks") -> dict[str, bytes]:
-    """All files below a folder but those of the record."""
-    return {
-        path.relative_to(out).as_posix(): path.read_bytes()
-        for path in sorted(Path(out).rglob("*"))
-        if path.is_file() and "_run" not in path.parts
-    }
-
-
 def pixels_of(path: str) -> npt.NDArray[np.uint8]:
     with Image.open(path) as image:
         return np.asarray(image)
@@ -71,7 +63,7 @@ def test_a_folder_becomes_masks_and_overlays(capsys: pytest.CaptureFixture[str])
     save_picture(Path("in/deep/er/b.png"), 30, 50, 2)
     before = {path: (sha256(path), path.stat().st_mtime_ns) for path in Path("in").rglob("*.*")}
     assert predict("in", "--out", "masks") == 0
-    assert list(tree()) == ["_overlay/a.jpg", "_overlay/deep/er/b.jpg", "a.png", "deep/er/b.png"]
+    assert list(tree("masks")) == ["_overlay/a.jpg", "_overlay/deep/er/b.jpg", "a.png", "deep/er/b.png"]
     for name, size in (("a", (64, 48)), ("deep/er/b", (50, 30))):
         with Image.open(f"masks/{name}.png") as mask:
             assert (mask.mode, mask.size, mask.format) == ("P", size, "PNG")
@@ -126,7 +118,7 @@ def test_everything_that_can_be_saved() -> None:
     path = save_picture(Path("in/a.jpg"), 48, 64, 5)
     kinds = "scores,confidence,compare,color,overlay,mask"
     assert predict("in", "--save", kinds) == 0
-    assert list(tree()) == [
+    assert list(tree("masks")) == [
         "_color/a.png", "_compare/a.png", "_confidence/a.png", "_overlay/a.jpg", "_scores/a.npz", "a.png",
     ]  # fmt: skip
     labels = pixels_of("masks/a.png")
@@ -150,13 +142,13 @@ def test_everything_that_can_be_saved() -> None:
 def test_one_kind_alone_and_another_one_later() -> None:
     save_picture(Path("in/a.jpg"))
     assert predict("in", "--save", "color") == 0
-    assert list(tree()) == ["_color/a.png"]
+    assert list(tree("masks")) == ["_color/a.png"]
     assert lines()["a.jpg"]["output"] == "_color/a.png"
     assert predict("in", "--save", "color") == 0
     assert lines()["a.jpg"]["status"] == "skipped"
     assert predict("in", "--save", "mask,color") == 0
     assert lines()["a.jpg"]["status"] == "done"
-    assert list(tree()) == ["_color/a.png", "a.png"]
+    assert list(tree("masks")) == ["_color/a.png", "a.png"]
 
 
 def test_grey_and_colour_images_of_any_size() -> None:
@@ -328,17 +320,17 @@ def test_the_same_bytes_whatever_the_batch_size_workers_and_order() -> None:
 def test_changed_settings_are_refused_and_overwritten_on_demand(capsys: pytest.CaptureFixture[str]) -> None:
     save_picture(Path("in/a.jpg"), 60, 90)
     predict("in")
-    before = tree()
+    before = tree("masks")
     capsys.readouterr()
     assert predict("in", "--size", "32") == 2
     said = capsys.readouterr().err
     assert said.startswith("Error: masks holds results of other settings: size unset, now 32.\n")
     assert len(said.splitlines()) == 2
-    assert tree() == before
+    assert tree("masks") == before
     assert predict("in", "--size", "32", "--overwrite") == 0
-    assert tree() != before
+    assert tree("masks") != before
     assert predict("in", "--overwrite") == 0
-    assert tree() == before
+    assert tree("masks") == before
     assert lines()["a.jpg"]["status"] == "done"
 
 
@@ -347,19 +339,19 @@ def test_outdated_products_do_not_stay_beside_new_ones() -> None:
     predict("in", "--save", "mask,color")
     save_picture(Path("in/a.jpg"), seed=2)
     assert predict("in") == 0
-    assert list(tree()) == ["_overlay/a.jpg", "a.png"]
+    assert list(tree("masks")) == ["_overlay/a.jpg", "a.png"]
 
 
 def test_two_sources_never_share_an_output(capsys: pytest.CaptureFixture[str]) -> None:
     save_picture(Path("one/a.jpg"), seed=1)
     save_picture(Path("two/a.jpg"), seed=2)
     predict("one")
-    before = tree()
+    before = tree("masks")
     assert predict("two") == 1
     assert "a.png holds the result of" in capsys.readouterr().err
-    assert tree() == before
+    assert tree("masks") == before
     assert predict("two", "--overwrite") == 0
-    assert tree() != before
+    assert tree("masks") != before
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from processes import Process, wait_until
+from results import tree
 from small_model import save_picture, small_model
 
 from segcli.cli import main
@@ -48,15 +49,6 @@ def pictures(count: int = 8) -> None:
 
 def lines(path: str = "masks/_run/manifest.jsonl") -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
-
-
-def tree(out: str) -> dict[str, bytes]:
-    """All files below a folder but those of the record."""
-    return {
-        path.relative_to(out).as_posix(): path.read_bytes()
-        for path in Path(out).rglob("*")
-        if path.is_file() and "_run" not in path.relative_to(out).parts
-    }
 
 
 def told(entry: dict[str, Any]) -> dict[str, Any]:
