@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from processes import Process, run, wait_until
+from results import tree
 from small_model import save_picture, small_model
 
 from segcli.device import pick_devices
@@ -23,15 +24,6 @@ def predict(folder: Path, *arguments: object, **more: str) -> tuple[int, str]:
 
 def lines(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "_run/manifest.jsonl").read_text().splitlines()]
-
-
-def tree(out: Path) -> dict[str, bytes]:
-    """All files below a folder but those of the record."""
-    return {
-        path.relative_to(out).as_posix(): path.read_bytes()
-        for path in out.rglob("*")
-        if path.is_file() and "_run" not in path.relative_to(out).parts
-    }
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +59,7 @@ if any("inference.station" in word for word in sys.orig_argv):
     import segcli.images
     def read_image(path, *rest):
         if path.name == "KILL.png":
+            open("masks/.segcli-half", "w").close()  # as if it were writing another one just now
             os.kill(os.getpid(), signal.SIGKILL)
         return real(path, *rest)
     segcli.images.read_image = read_image

@@ -93,11 +93,7 @@ def run(task: Task[R], progress: Progress, crew: Crew | None = None) -> None:
         write_run(task.out, {"state": "running", **about}, record)
         state = "failed"
         try:
-            book = _Book(task, manifest, progress)
-            if crew:
-                _let_process(task, book, crew, stop)
-            else:
-                _process(task, book, decoders, interrupts, stop)
+            _process(task, _Book(task, manifest, progress), crew, decoders, interrupts, stop)
             progress.interrupted = interrupts.number
             state = "interrupted" if progress.interrupted else "finished"
             if state == "finished":
@@ -119,38 +115,38 @@ def count(sources: Sources, progress: Progress, stop: threading.Event, shard: Sh
 
 
 def _process(
-    task: Task[R], book: _Book, decoders: Decoders, interrupts: Interrupts, stop: threading.Event
+    task: Task[R],
+    book: _Book,
+    crew: Crew | None,
+    decoders: Decoders,
+    interrupts: Interrupts,
+    stop: threading.Event,
 ) -> None:
-    todo = Ahead(_not_done(task, book), AHEAD, stop)
-
-    def start() -> Work[R]:
-        with interrupts.getting_ready():
-            work = task.start()
-        book.progress.computing_since = time.monotonic()
-        return work
-
-    try:
-        if todo.wait():  # else the model is not even loaded
-            # What an earlier run left is often only what cannot be read.
-            work_through(task, todo, decoders, start, book.note, stop, patient=len(book.manifest) > 0)
-    finally:
-        stop.set()
-        todo.thread.join(timeout=2)  # one that waits for paths on stdin is left behind
-
-
-def _let_process(task: Task[R], book: _Book, crew: Crew, stop: threading.Event) -> None:
     todo = Ahead(_not_done(task, book), AHEAD, stop)
 
     def ready() -> None:
         book.progress.computing_since = book.progress.computing_since or time.monotonic()
 
+    def start() -> Work[R]:
+        with interrupts.getting_ready():
+            work = task.start()
+        ready()
+        return work
+
     try:
-        if todo.wait():
-            share_out(task, todo, crew, book.note, ready, stop)
+        if not todo.wait():
+            return  # the model is not even loaded
+        if crew:
+            if not share_out(task, todo, crew, book.note, ready, stop) and task.shard is None:
+                task.out.remove_leftovers()  # of a shard they go when it is merged
+        else:
+            # What an earlier run left is often only what cannot be read.
+            work_through(task, todo, decoders, start, book.note, stop, patient=len(book.manifest) > 0)
     finally:
         stop.set()
-        crew.close()
-        todo.thread.join(timeout=2)
+        if crew:
+            crew.close()
+        todo.thread.join(timeout=2)  # one that waits for paths on stdin is left behind
 
 
 def _not_done(task: Task[R], book: _Book) -> Iterator[Input]:

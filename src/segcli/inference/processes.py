@@ -72,7 +72,7 @@ def share_out(
     note: Note,
     ready: Callable[[], None],
     stop: threading.Event,
-) -> None:
+) -> bool:
     """Let a crew do all of `todo`, and note it.
 
     Args:
@@ -83,6 +83,9 @@ def share_out(
         ready: Called when the first station begins.
         stop: Set by anyone to end early.
 
+    Returns:
+        Whether all stations have lived: one that dies may leave files half written, under temporary names.
+
     Raises:
         UsageError: A station cannot use the model or the device.
         MachineError: Nothing can be written, or stations do not start.
@@ -92,6 +95,7 @@ def share_out(
     tries: Counter[str] = Counter()
     more = True
     told = False
+    all_lived = True
     failed_starts = 0
     while True:
         if stop.is_set() and not told:
@@ -115,10 +119,11 @@ def share_out(
             crew.tell(free, "give", [replace(item, source=source)])
         holding = any(member.held for member in members)
         if all(member.ended for member in members) or not (told or more or suspects or holding):
-            return
+            return all_lived
 
         for number, (kind, *content) in crew.hear(LOOK):
             member = members[number]
+            all_lived &= kind != "lost"
             if kind == "ready":
                 member.most, failed_starts = content[0], 0
                 ready()
