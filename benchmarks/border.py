@@ -14,14 +14,12 @@ import argparse
 import datetime
 import os
 import platform
-import statistics
-import time
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from segcli.inference.benchmark import Timing, interleaved
 from segcli.inference.cells import labels_from_coarse, lattice_of
 from segcli.inference.segmentation import classify
 from segcli.models.checkpoint import load_model
@@ -62,35 +60,19 @@ def multiplications(height: int, width: int) -> dict[str, tuple[float, float]]:
     return counts
 
 
-def interleaved(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, tuple[float, float]]:
-    """Median (wall time, processor time) of each job in milliseconds, after one round to warm up."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
-    for number in range(rounds + 1):
-        for name, job in jobs.items():
-            start, used = time.perf_counter(), time.process_time()
-            job()
-            if number:
-                spent = (time.perf_counter() - start) * 1e3, (time.process_time() - used) * 1e3
-                times[name].append(spent)
-    return {
-        name: (statistics.median(w for w, _ in found), statistics.median(p for _, p in found))
-        for name, found in times.items()
-    }
-
-
 def matrix_rate(rounds: int) -> float:
     """Floating point operations in a second of processor time, in a product of two 2048 x 2048 matrices."""
     a, b = torch.randn(2, 2048, 2048)
-    ((_, milliseconds),) = interleaved({"product": lambda: a @ b}, rounds).values()
-    return float(2 * 2048**3 / (milliseconds / 1e3))
+    timing = interleaved({"product": lambda: a @ b}, rounds)["product"]
+    return 2 * 2048**3 / (timing.processor / 1e3)
 
 
-def show(title: str, found: dict[str, tuple[float, float]]) -> None:
+def show(title: str, found: dict[str, Timing]) -> None:
     print(f"\n{title}: median ms, wall and processor time")
     first = next(iter(found.values()))
-    for name, (wall, processor) in found.items():
-        ratios = f"{first[0] / wall:5.2f}x {first[1] / processor:5.2f}x"
-        print(f"  {name:34} {wall:9.1f} {processor:9.1f}   {ratios}")
+    for name, timing in found.items():
+        ratios = f"{first.median / timing.median:5.2f}x {first.processor / timing.processor:5.2f}x"
+        print(f"  {name:34} {timing.median:9.1f} {timing.processor:9.1f}   {ratios}")
 
 
 def main() -> None:

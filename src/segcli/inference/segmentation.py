@@ -27,7 +27,7 @@ from segcli.inference.products import encode_products
 from segcli.inference.tta import TTA, average
 from segcli.models.checkpoint import Model
 from segcli.models.prepared import prepare
-from segcli.models.preprocessing import network_size, normalize, resize
+from segcli.models.preprocessing import network_size, normalize, to_pixels
 from segcli.models.strips import InStrips, Strips
 from segcli.palettes import count_ids
 
@@ -169,9 +169,7 @@ class Segmenter:
         return self.scores(images[:half]) + self.scores(images[half:])
 
     def _computed(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Tensor | ImageError]:
-        resized = [np.ascontiguousarray(resize(image, self.preprocessing)) for image in images]
-        pixels = torch.cat([torch.from_numpy(image).permute(2, 0, 1)[None] for image in resized])
-        pixels = pixels.to(self.device)
+        pixels = torch.cat([to_pixels(image, self.preprocessing) for image in images]).to(self.device)
         if self.variants is None:
             return list(self.finest_scores(pixels))
         return list(average(self.network, normalize(pixels, self.preprocessing), self.variants, self.heads))

@@ -121,9 +121,13 @@ def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     return (images * (preprocessing.scale / 255) - mean) / std
 
 
-def to_tensor(image: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> Tensor:
-    """An image, uint8 (H, W, 3) RGB, as the network's input, float32 (1, 3, H', W')."""
+def to_pixels(image: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> Tensor:
+    """An image, uint8 (H, W, 3) RGB, as the network sees it before `normalize`, uint8 (1, 3, H', W')."""
     import torch
 
-    resized = np.ascontiguousarray(resize(image, preprocessing))
-    return normalize(torch.from_numpy(resized).permute(2, 0, 1)[None], preprocessing)
+    return torch.from_numpy(np.ascontiguousarray(resize(image, preprocessing))).permute(2, 0, 1)[None]
+
+
+def to_tensor(image: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> Tensor:
+    """An image, uint8 (H, W, 3) RGB, as the network's input, float32 (1, 3, H', W')."""
+    return normalize(to_pixels(image, preprocessing), preprocessing)

@@ -226,8 +226,7 @@ class InStrips:
 
     def __call__(self, image: Tensor) -> Tensor:
         """The map as a whole."""
-        height, width = image.shape[2:]
-        if self._rows == 0 or (self._rows is None and len(image) * height * width <= SMALL):
+        if self.count(image) == 1:
             return self._function(image)
         whole, done = image.new_empty(0), 0
         for rows in self.bands(image):
@@ -247,9 +246,11 @@ class InStrips:
 
     def count(self, image: Tensor) -> int:
         """In how many strips an image is computed."""
-        height = image.shape[2]
+        size, _, height, width = image.shape
         if self._rows is not None:
             return -(-height // self._rows) if self._rows else 1
+        if size * height * width <= SMALL:
+            return 1
         return self.strips(image).count(WORKING[image.device.type])
 
     def strips(self, image: Tensor) -> Strips:
