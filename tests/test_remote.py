@@ -325,6 +325,58 @@ def test_a_run_that_was_taken_over_stops(store: Store, monkeypatch: pytest.Monke
     assert json.loads(objects("out")["_run/lock"])["holder"] == "other"  # it is left alone
 
 
+# ---- shards ----
+
+
+def test_shards_of_a_bucket(store: Store, photos: Path, masks: dict[str, bytes], tmp_path: Path) -> None:
+    put_tree(photos, "in")
+    command = ["predict", "s3://bucket/in", "--out", "s3://bucket/out", "--model", small_model()]
+    often = "import segcli.inference.remote as remote; remote.UPLOAD_EVERY = 0.01"
+    gate = holding_back(store, "same.jpg.png")  # the second of the two that are in shard 2/2
+    shard = [*command, "--workers", 0, "--shard", "2/2"]
+    process = Process(*shard, folder=tmp_path, before=often, **os.environ)
+
+    def noted() -> int:
+        parts = [data for name, data in objects("out").items() if "/shards-of-2/2/parts/" in name]
+        return b"".join(parts).count(b"\n")
+
+    wait_until(lambda: noted() == 1)
+    elsewhere = {**os.environ, "SEGCLI_CACHE": str(tmp_path / "elsewhere")}  # as on another machine
+    for words in (shard, ["runs", "merge", "s3://bucket/out", "--force"]):
+        code, errors = run(*words, folder=tmp_path, **elsewhere)
+        assert (code, "is in use by process" in errors) == (2, True), errors
+    process.kill_group()
+    process.wait()
+    gate.set()
+    assert predict("s3://bucket/in", "--out", "s3://bucket/out", "--shard", "2/2") == 0
+    code, errors = run("runs", "merge", "s3://bucket/out", folder=tmp_path, **os.environ)
+    assert (code, errors.splitlines()[0]) == (1, "shard 1/2 is missing: it was never started")
+    assert predict("s3://bucket/in", "--out", "s3://bucket/out", "--shard", "1/2") == 0
+    assert run("runs", "merge", "s3://bucket/out", folder=tmp_path, **os.environ)[0] == 0
+    assert results("out") == masks
+    assert statuses("out") == {"skipped": 1, "done": len(NAMES) - 1}
+    assert sorted(name for name in objects("out") if name.startswith("_run")) == [
+        "_run/manifest.jsonl",
+        "_run/run.json",
+    ]
+
+
+def test_what_a_killed_shard_of_a_bucket_had_uploaded_is_merged(
+    store: Store, photos: Path, tmp_path: Path
+) -> None:
+    put_tree(photos, "in")
+    assert predict("s3://bucket/in", "--out", "s3://bucket/out", "--shard", "1/2") == 0
+    record = "out/_run/shards-of-2/1"
+    lines_of = objects("out")["_run/shards-of-2/1/manifest.jsonl"].splitlines(keepends=True)
+    driver().rm_file(f"bucket/{record}/manifest.jsonl")  # a kill leaves parts alone
+    for number, line in enumerate(lines_of):
+        put(f"{record}/parts/20261124T000000-abcdef-{number:06d}.jsonl", line)
+    code, _ = run("runs", "merge", "s3://bucket/out", "--force", folder=tmp_path, **os.environ)
+    assert code == 1  # the other shard is missing
+    assert statuses("out") == {"done": len(lines_of)}
+    assert len(lines_of) == 5
+
+
 # ---- what goes wrong ----
 
 

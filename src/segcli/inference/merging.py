@@ -12,7 +12,7 @@ import numpy as np
 
 from segcli.errors import UsageError
 from segcli.files import machine_errors
-from segcli.inference.layout import MANIFEST_FILE, RUN_FILE, RUN_FOLDER, SHARDS_FOLDER
+from segcli.inference.layout import RUN_FILE, RUN_FOLDER, SHARDS_FOLDER
 from segcli.inference.manifest import (
     compact,
     cut_torn_line,
@@ -72,7 +72,7 @@ def merge(out: Storage, force: bool) -> Merged:
         cut_torn_line(manifest)
         with machine_errors(manifest, "write"), manifest.open("ab") as file:
             for shard in shards:
-                file.writelines(_whole_lines(out, shard.record))
+                file.writelines(out.lines(shard.record))
         compact(manifest)
         out.publish(manifest)
         with manifest.open("rb") as file:
@@ -127,16 +127,10 @@ def _doubles(out: Storage, shards: list[Shard]) -> Iterator[str]:
 
 def _values(out: Storage, shard: Shard, key: str) -> Iterator[str]:
     """What the lines of a shard say under a key."""
-    for line in _whole_lines(out, shard.record):
+    for line in out.lines(shard.record):
         value = _parsed(line).get(key)
         if value:
             yield str(value)
-
-
-def _whole_lines(out: Storage, record: str) -> Iterator[bytes]:
-    """The lines of a manifest, without one that was torn."""
-    lines = (out.read(f"{record}/{MANIFEST_FILE}") or b"").splitlines(keepends=True)
-    return (line for line in lines if line.endswith(b"\n"))
 
 
 def _parsed(line: bytes) -> dict[str, Any]:
@@ -185,5 +179,5 @@ def show(out: Storage) -> list[Shown]:
 def _shown(out: Storage, run: dict[str, Any], shard: Shard | None) -> Shown:
     counts = {status: run[status] for status in STATUSES if isinstance(run.get(status), int)}
     if len(counts) < len(STATUSES):  # it has not ended
-        counts = tally(_whole_lines(out, shard.record if shard else RUN_FOLDER))
+        counts = tally(out.lines(shard.record if shard else RUN_FOLDER))
     return Shown(shard, str(run.get("state", "")), counts, run)

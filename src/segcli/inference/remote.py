@@ -36,8 +36,8 @@ from typing import Any
 from segcli.downloads import cache_folder
 from segcli.errors import ImageError, MachineError, SegcliError, UsageError
 from segcli.files import TEMPORARY_PREFIX, locked
-from segcli.inference.layout import LOCK_FILE, MANIFEST_FILE, RUN_FOLDER
-from segcli.inference.storage import Content
+from segcli.inference.layout import LOCK_FILE, MANIFEST_FILE, RUN_FOLDER, SHARDS_FOLDER
+from segcli.inference.storage import Content, whole_lines
 
 UPLOAD_EVERY = 10.0  # seconds between two parts of the manifest
 LOCK_EXPIRES = 120.0  # seconds after which a run that is not heard of any more counts as dead
@@ -238,7 +238,8 @@ class RemoteFolder:
     Only one run writes at a time: on this machine by a lock of the system, elsewhere by an object `_run/lock`
     that is made if there is none (one request on S3 and Google Cloud Storage, so that one of two wins) and
     renewed while the run goes on. A run that was killed holds it for `LOCK_EXPIRES` seconds against other
-    machines, and not at all against its own. Shards have a lock each, and respect that of the whole folder.
+    machines, and not at all against its own. Shards have a lock each; they and the whole folder respect each
+    other's, on every machine.
     """
 
     at_a_time = 16
@@ -343,8 +344,8 @@ class RemoteFolder:
         kind = kind_of(self._url)
         if kind == "file":
             raise MachineError(f"cannot write to {self}: it is an object; choose a folder for --out")
-        if self._record != RUN_FOLDER:
-            refuse_held(self, RUN_FOLDER)
+        for record in [RUN_FOLDER] if self._record != RUN_FOLDER else self._shards():
+            refuse_held(self, record)
         name = hashlib.sha256(self.place(self._record).encode()).hexdigest()[:16]
         state = cache_folder() / "remote" / name
         with locked(self._url, state / LOCK_FILE):
@@ -357,6 +358,20 @@ class RemoteFolder:
             ):
                 yield self._manifest.path
             (state / MANIFEST_FILE).unlink(missing_ok=True)
+
+    def _shards(self) -> list[str]:
+        """The records of the shards that are not merged."""
+        splits = [f"{RUN_FOLDER}/{name}" for name in self.folders(RUN_FOLDER)]
+        return [
+            f"{split}/{number}"
+            for split in splits
+            if split.startswith(SHARDS_FOLDER)
+            for number in self.folders(split)
+        ]
+
+    def lines(self, record: str) -> Iterator[bytes]:
+        for name in [f"{record}/{MANIFEST_FILE}", *_parts(self, record)]:
+            yield from whole_lines((self.read(name) or b"").splitlines(keepends=True))
 
     def whole_manifest(self) -> Path:
         assert self._manifest is not None
@@ -464,15 +479,20 @@ def _download(folder: RemoteFolder, record: str, path: Path) -> list[str]:
     filesystem, manifest = _at(folder.place(f"{record}/{MANIFEST_FILE}"))
     with _errors("read", folder.place(f"{record}/{MANIFEST_FILE}")), contextlib.suppress(FileNotFoundError):
         filesystem.get_file(manifest, str(path))
-    try:
-        names = [name for name, found in listing(folder.place(f"{record}/{PARTS_FOLDER}")) if found]
-    except ImageError:  # there are none
-        names = []
-    parts = [f"{record}/{PARTS_FOLDER}/{name}" for name in sorted(names) if name.endswith(".jsonl")]
+    parts = _parts(folder, record)
     with path.open("ab") as file:
         for name in parts:
             file.write(folder.read(name) or b"")
     return parts
+
+
+def _parts(folder: RemoteFolder, record: str) -> list[str]:
+    """The names of what was uploaded of a manifest since it was last one file, in their order."""
+    try:
+        names = [name for name, found in listing(folder.place(f"{record}/{PARTS_FOLDER}")) if found]
+    except ImageError:  # there are none
+        return []
+    return [f"{record}/{PARTS_FOLDER}/{name}" for name in sorted(names) if name.endswith(".jsonl")]
 
 
 class _Manifest:

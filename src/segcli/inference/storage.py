@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,6 +70,9 @@ class Storage(Protocol):
             UsageError: Another process is writing there.
             MachineError: It cannot be made or written to.
         """
+
+    def lines(self, record: str) -> Iterator[bytes]:
+        """The lines of a manifest, of the folder or of a shard, as they are known now; none that was torn."""
 
     def whole_manifest(self) -> Path:
         """The manifest of the folder as a file of this machine, for a shard to read while it is `opened`."""
@@ -191,6 +194,10 @@ class Folder:
                 locks.enter_context(locked(record, record / LOCK_FILE))
             yield record / MANIFEST_FILE
 
+    def lines(self, record: str) -> Iterator[bytes]:
+        with contextlib.suppress(FileNotFoundError), (self._path / record / MANIFEST_FILE).open("rb") as file:
+            yield from whole_lines(file)
+
     def whole_manifest(self) -> Path:
         return self._path / RUN_FOLDER / MANIFEST_FILE
 
@@ -206,6 +213,11 @@ class Folder:
 
     def publish(self, manifest: Path) -> None:
         pass  # it lies there already
+
+
+def whole_lines(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """The lines of a manifest without one that was torn."""
+    return (line for line in lines if line.endswith(b"\n"))
 
 
 def describe(path: Path, data: bytes) -> Content:
