@@ -14,13 +14,15 @@ import argparse
 import datetime
 import os
 import platform
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from segcli.inference.benchmark import Timing, interleaved
-from segcli.inference.cells import labels_from_coarse, lattice_of
+from segcli.inference.cells import Labels, labels_from_coarse, lattice_of
 from segcli.inference.segmentation import classify
 from segcli.models.checkpoint import load_model
 from segcli.models.prepared import prepare
@@ -105,10 +107,10 @@ def main() -> None:
     fast, reduced = prepare(network, cpu), prepare(network, cpu, "bf16")
     images = torch.randn(1, 3, height, width) * 60
     with torch.inference_mode():
-        jobs = {
-            "plain": lambda: network(images),
-            "windowed": lambda: fast(images),
-            "windowed, bf16": lambda: reduced(images),
+        jobs: dict[str, Callable[[], object]] = {
+            "plain": partial(network, images),
+            "windowed": partial(fast, images),
+            "windowed, bf16": partial(reduced, images),
         }
         show("scores of the full size", interleaved(jobs, options.rounds))
         expected = network(images)
@@ -122,9 +124,8 @@ def main() -> None:
             pixels = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8).numpy()
             seen = to_tensor(pixels, model.info.preprocessing)
             networks = {how: prepare(model.network, cpu, how) for how in ("fp32", "bf16")}
-            jobs = {"as trained": lambda model=model, seen=seen: model.network.score_pyramid(seen)} | {
-                how: lambda each=each, seen=seen: each.score_pyramid(seen) for how, each in networks.items()
-            }
+            trained = {"as trained": model.network} | networks
+            jobs = {how: partial(each.score_pyramid, seen) for how, each in trained.items()}
             show(f"{name}, which sees {seen.shape[3]} x {seen.shape[2]}", interleaved(jobs, options.rounds))
 
         # Label maps: large regions with wavering borders, since random weights give hardly any.
@@ -137,14 +138,14 @@ def main() -> None:
         quads = torch.stack([winners[:-1, :-1], winners[1:, :-1], winners[:-1, 1:], winners[1:, 1:]])
         print(f"\n{(quads != quads[0]).any(0).float().mean():.0%} of the cells lie between classes")
         for displayed in ((height, width), (3000, 4000)):
-            jobs = {
-                "scores of the full size": lambda size=displayed: (
-                    classify(network.upsample(coarse[None], (height, width))[0], size).labels
-                ),
-                "cells": lambda size=displayed: labels_from_coarse(coarse, lattice, (height, width), size),
-            }
+
+            def by_scores(size: tuple[int, int] = displayed) -> Labels:
+                return classify(network.upsample(coarse[None], (height, width))[0], size).labels
+
+            by_cells = partial(labels_from_coarse, coarse, lattice, (height, width), displayed)
+            jobs = {"scores of the full size": by_scores, "cells": by_cells}
             show(f"label map of {displayed[1]} x {displayed[0]}", interleaved(jobs, options.rounds))
-            differ = (jobs["cells"]() != jobs["scores of the full size"]()).mean()
+            differ = (by_cells() != by_scores()).mean()
             print(f"  {differ:.1e} of the pixels differ")
 
 
