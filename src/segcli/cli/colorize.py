@@ -22,7 +22,7 @@ WRITERS = 4  # threads; they wait for the disk half of the time
 Masks = Annotated[
     list[str],
     typer.Argument(
-        metavar="MASKS",
+        metavar="MASKS...",
         help="Masks (PNG, TIFF, .npy, ...), folders, quoted globs, URLs of them, or - for a list on stdin.",
     ),
 ]
