@@ -879,21 +879,21 @@ def test_22_out_of_memory_above_a_batch_size(twelve: Path, tmp_path: Path, most:
             assert errors.count("there is not enough memory to compute 48 x 32 pixels") == 10
 
 
-def combinations() -> Sequence[tuple[int, int, str]]:
-    every = list(itertools.product((1, 2, 8), (0, 1, 4), ("sorted", "shuffled")))
-    return every if FULL else every[1::7]
+def combinations() -> Sequence[tuple[int, int, str, str]]:
+    every = list(itertools.product((1, 2, 8), (0, 1, 4), ("sorted", "shuffled"), ("on", "off")))
+    return every if FULL else every[1::11]
 
 
-@pytest.mark.parametrize(("batch", "workers", "order"), combinations())
-def test_23_batches_workers_and_order(
-    twelve: Path, tmp_path: Path, batch: int, workers: int, order: str
+@pytest.mark.parametrize(("batch", "workers", "order", "tile"), combinations())
+def test_23_batches_workers_order_and_strips(
+    twelve: Path, tmp_path: Path, batch: int, workers: int, order: str, tile: str
 ) -> None:
-    with Row("23 batch size x workers x order"):
+    with Row("23 batch size x workers x order x tile"):
         copy_of(twelve, tmp_path)
         files = [str(path.relative_to(tmp_path)) for path in sorted((tmp_path / "in").rglob("*.png"))]
         if order == "shuffled":
             random.Random(f"{batch}{workers}").shuffle(files)
-        options = ["--out", "masks", "--batch-size", batch, "--workers", workers]
+        options = ["--out", "masks", "--batch-size", batch, "--workers", workers, "--tile", tile]
         code, errors = run("predict", *files, *model(), *options, folder=tmp_path)
         assert code == 0, errors
         assert tree(tmp_path / "masks") == tree(twelve / "masks")

@@ -21,6 +21,19 @@ Precision = Annotated[
 Runtime = Annotated[
     str, typer.Option(help="torch, or openvino: faster on many processors; needs 'segcli[openvino]'.")
 ]
+Tile = Annotated[
+    str,
+    typer.Option(
+        help="Compute images in strips of rows: on, off, or auto: large ones. Masks are the same (fp32, CPU)."
+    ),
+]
+Memory = Annotated[
+    str,
+    typer.Option(
+        metavar="SIZE|auto",
+        help="What the run may take, such as 6G; auto is half of the machine's. Images that need more fail.",
+    ),
+]
 Model = Annotated[str, typer.Option("--model", "-m", help="A name of `segcli models list`, or a model file.")]
 Offline = Annotated[
     bool, typer.Option("--offline", help="Do not use the network; SEGCLI_OFFLINE=1 says so for all commands.")

@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from segcli.cli.downloading import get_model
-from segcli.cli.options import Json, Model, Offline, Precision, Quiet, Runtime, Tta, Verbose
+from segcli.cli.options import (
+    Json,
+    Memory,
+    Model,
+    Offline,
+    Precision,
+    Quiet,
+    Runtime,
+    Tile,
+    Tta,
+    Verbose,
+)
 from segcli.cli.runs import (
     Overwrite,
     Workers,
@@ -29,7 +40,7 @@ if TYPE_CHECKING:
 Source = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Argument(
-        metavar="SOURCE",
+        metavar="SOURCE...",
         help="Images, folders (with all sub-folders), quoted globs, URLs of them, or - for a list on stdin.",
     ),
 ]
@@ -90,6 +101,8 @@ def predict(
     workers: Workers = None,
     size: Size = None,
     tta: Tta = "none",
+    tile: Tile = "auto",
+    memory: Memory = "auto",
     opacity: Opacity = 0.5,
     shard: ShardOption = None,
     list_only: ListOnly = False,
@@ -123,12 +136,15 @@ def predict(
     from segcli.inference.sources import parse
     from segcli.inference.storage import open_storage
     from segcli.inference.tta import variants_of
+    from segcli.memory import memory_of
     from segcli.models.info import read_info
 
     terminal = Terminal(quiet, json)
     kinds = kinds_of(save)
     images_at_a_time = batch_size_of(batch_size)
     variants_of(tta)
+    most = memory_of(memory)
+    check_tile(tile, runtime)
     part = parse_shard(shard) if shard else None
     results = open_storage(out, part.record if part else RUN_FOLDER)
     found = parse(sources or [], list_file, out, SUFFIXES)
@@ -156,8 +172,20 @@ def predict(
 
         kept = pick_precision(precision, pick_runtime(runtime, devices[0]))
     precision = kept
+    most //= len(devices)  # of each process
     plan = Plan(
-        model_file, devices[0], precision, kinds, images_at_a_time, size, opacity, tta, runtime, len(devices)
+        model_file,
+        devices[0],
+        precision,
+        kinds,
+        images_at_a_time,
+        size,
+        opacity,
+        tta,
+        runtime,
+        tile,
+        most,
+        len(devices),
     )
 
     def announce() -> None:
@@ -202,9 +230,12 @@ def predict(
             "processes": processes,
             "batch_size": batch_size,
             "workers": workers,
+            "tile": tile,
+            "memory": memory,
         },
         start=start,
         workers=default_workers() if workers is None else workers,
+        memory=most,
         overwrite=overwrite,
         shard=part,
     )
@@ -223,6 +254,14 @@ def kinds_of(save: str) -> list[str]:
     if unknown or not wanted:
         raise UsageError(f"--save {save!r}: choose from {', '.join(CHOICES)}, with commas in between")
     return [kind for kind in CHOICES if kind in wanted]
+
+
+def check_tile(tile: str, runtime: str) -> None:
+    """Raise UsageError for a `--tile` that is unknown, or that the library cannot do."""
+    if tile not in ("auto", "on", "off"):
+        raise UsageError(f"--tile {tile!r} is unknown; use auto, on or off")
+    if tile == "on" and runtime == "openvino":
+        raise UsageError("--tile on needs PyTorch; OpenVINO computes images whole")
 
 
 def batch_size_of(text: str) -> int | None:

@@ -178,7 +178,10 @@ def main() -> None:
 
     def ask(pixels: int) -> None:
         send(connection, {"ask": pixels})
-        limit(receive(connection)[0]["seconds"])
+        answer, _ = receive(connection)
+        limit(answer["seconds"])
+        if refusal := answer.get("refusal"):
+            raise ImageError(refusal)
 
     with contextlib.suppress(EOFError, ConnectionError):
         while True:

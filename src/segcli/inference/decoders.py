@@ -5,7 +5,7 @@ Messages between this process and a worker (`decode_worker.py`), over a socket, 
     worker -> {"ready": true}
     <- {"path", "reader", "seconds"}              one job at a time
     worker -> {"ask": pixels}                     only for large images: waits until there is room in memory
-    <- {}
+    <- {"seconds", "refusal"}                     more time; or why it is not to be read
     worker -> {"problem", "notes", "content", ...} and the pixels
 
 Why like this (measured, see docs/reliability.md): workers stay alive, because starting one costs as much as
@@ -33,16 +33,19 @@ from typing import Any
 import numpy as np
 
 import segcli
-from segcli.errors import MachineError
+from segcli.errors import ImageError, MachineError
 from segcli.inference.ahead import Ahead
 from segcli.inference.decode_worker import Array, decode, receive, seconds_for, send
 from segcli.inference.fetching import Fetcher
 from segcli.inference.sources import Input
 from segcli.inference.storage import Content
+from segcli.memory import gib
 
 PROGRAM = (sys.executable, "-P", "-m", "segcli.inference.decode_worker")
 TICK = 0.5  # seconds; how often limits and the wish to stop are looked at
-ROOM = 64_000_000  # pixels of large images that may be held at a time, or one image
+ROOM = 64_000_000  # pixels of large images that may be held at a time at most, or one image
+ROOM_SHARE = 4  # of the memory that a run may take, the part for images that wait
+PICTURE = 16  # bytes per pixel of an image while it is read, and while its results are encoded
 
 
 @dataclass
@@ -80,6 +83,7 @@ class Decoders:
         stop: Set by anyone to end `run` early.
         program: The command that starts a worker; the number of its socket is appended.
         remote: Whether there may be files below URLs, which have to be fetched first.
+        memory: Bytes that the run may take; None sets no limit.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class Decoders:
         stop: threading.Event,
         program: Sequence[str] = PROGRAM,
         remote: bool = False,
+        memory: int | None = None,
     ) -> None:
         self._count = count
         self._reader = reader
@@ -100,6 +105,8 @@ class Decoders:
         self._failed_starts = 0
         self._room_lock = threading.Lock()
         self._room_used = 0
+        self._memory = memory
+        self._room = ROOM if memory is None else min(ROOM, memory // (ROOM_SHARE * PICTURE))
 
     def run(self, items: Ahead[Input]) -> Iterator[Decoded]:
         """Read every item, several at a time, and yield each when it is done."""
@@ -137,6 +144,8 @@ class Decoders:
 
         def ask(pixels: int) -> None:
             nonlocal room
+            if refusal := self._refusal(pixels):
+                raise ImageError(refusal)
             while not self._take(pixels):
                 if self._stop.wait(TICK / 10):
                     return
@@ -212,7 +221,10 @@ class Decoders:
     def _watch(self, seconds: float) -> Iterator[Decoded]:
         """Let waiting workers go on where there is room, and end those that take too long."""
         for worker in list(self._workers):
-            if worker.asks and self._take(worker.asks):
+            if worker.asks and (refusal := self._refusal(worker.asks)):
+                worker.asks = 0
+                self._tell(worker, {"seconds": worker.limit, "refusal": refusal})
+            elif worker.asks and self._take(worker.asks):
                 worker.room, worker.asks = worker.asks, 0
                 worker.limit += seconds_for(0, worker.room)
                 self._tell(worker, {"seconds": worker.limit})
@@ -221,9 +233,19 @@ class Decoders:
                 if worker.spent > worker.limit:
                     yield from self._bury(worker, f"reading it took longer than {worker.limit:.0f} s")
 
+    def _refusal(self, pixels: int) -> str:
+        """Why an image of so many pixels is not read at all, if it is not."""
+        need = pixels * PICTURE
+        if self._memory is None or need <= self._memory:
+            return ""
+        return (
+            f"reading its {pixels / 1e6:.0f} megapixels needs about {gib(need)}; "
+            f"--memory is {gib(self._memory)}"
+        )
+
     def _take(self, pixels: int) -> bool:
         with self._room_lock:
-            if self._room_used and self._room_used + pixels > ROOM:
+            if self._room_used and self._room_used + pixels > self._room:
                 return False
             self._room_used += pixels
             return True

@@ -79,7 +79,9 @@ def run(task: Task[R], progress: Progress, crew: Crew | None = None) -> None:
         MachineError: The disk is full, ...; what was done before is noted.
     """
     stop = threading.Event()
-    decoders = Decoders(task.workers, task.reader, stop, remote=task.sources.may_be_remote)
+    decoders = Decoders(
+        task.workers, task.reader, stop, remote=task.sources.may_be_remote, memory=task.memory
+    )
     at_once = crew.kill if crew else decoders.kill
     with Interrupts(stop, at_once) as interrupts, open_manifest(task.out, task.shard) as manifest:
         if (len(manifest) or task.shard) and not task.overwrite:

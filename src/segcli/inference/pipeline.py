@@ -60,6 +60,7 @@ class Task(Generic[R]):
     start: Callable[[], Work[R]]  # called only when there is something to do
     reader: str = "image"
     workers: int = 1
+    memory: int | None = None  # bytes that it may take; None sets no limit
     writers: int = WRITERS
     overwrite: bool = False
     shard: Shard | None = None  # only this part of the inputs

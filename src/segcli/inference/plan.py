@@ -24,6 +24,8 @@ class Plan:
     opacity: float = 0.5
     tta: str = "none"
     runtime: str = "torch"
+    tile: str = "auto"
+    memory: int | None = None  # of this process
     processes: int = 1  # among which the threads of this machine are divided
 
     def start(self) -> Segmenter:
@@ -50,4 +52,6 @@ class Plan:
             self.tta,
             self.precision,
             self.runtime,
+            self.tile,
+            self.memory,
         )

@@ -7,6 +7,7 @@ differ in the last bits of the scores, and a pixel at the border between two cla
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +23,12 @@ from torch import Tensor
 
 from segcli.errors import ImageError
 from segcli.inference.cells import labels_from_coarse, lattice_of
-from segcli.inference.decoders import Decoded
+from segcli.inference.decoders import PICTURE, Decoded
 from segcli.inference.products import encode_products
 from segcli.inference.tta import TTA, average
+from segcli.memory import gib
 from segcli.models.checkpoint import Model
+from segcli.models.fcn import Network
 from segcli.models.prepared import prepare
 from segcli.models.preprocessing import network_size, normalize, to_pixels
 from segcli.models.strips import InStrips, Strips
@@ -36,6 +39,9 @@ from segcli.palettes import count_ids
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 GPU_BATCH = 16  # images at a time where nothing else was asked for; halved when memory runs out
+TILE = {"auto": None, "on": 16, "off": 0}  # rows of an image at a time, see `InStrips`
+RUNTIME = 500 << 20  # bytes of the process before it has a model: Python, PyTorch, OpenCV
+VARIANTS = 4  # maps of scores of the full size that averaging them takes
 BAND = 1 << 24  # scores of the full size at a time, whatever the size of the image
 
 
@@ -62,7 +68,8 @@ class Segmenter:
         tta: Variants of an image whose probabilities are averaged, a key of `tta.TTA`.
         precision: fp32, bf16 or fp16, see `device.pick_precision`.
         runtime: torch or openvino, see `device.pick_runtime`.
-        tile: Rows of an image that are computed at a time; 0 computes it whole, None goes by its size.
+        tile: Whether images are computed in strips: on, off, or auto, which goes by their size.
+        memory: Bytes that this process may take, see `needed`; None sets no limit.
     """
 
     def __init__(
@@ -76,7 +83,8 @@ class Segmenter:
         tta: str = "none",
         precision: str = "fp32",
         runtime: str = "torch",
-        tile: int | None = None,
+        tile: str = "auto",
+        memory: int | None = None,
     ) -> None:
         if runtime == "openvino":
             from segcli.models.openvino_networks import with_openvino
@@ -84,10 +92,18 @@ class Segmenter:
             self.network = with_openvino(model.network, precision)
         else:
             self.network = prepare(model.network, device, precision)
-        self.finest_scores = InStrips(
-            lambda pixels: self.network.score_pyramid(normalize(pixels, self.preprocessing))[-1],
-            0 if runtime == "openvino" else tile,
-        )
+
+        def finest_scores(network: Network, rows: int | None) -> InStrips:
+            def function(pixels: Tensor) -> Tensor:
+                return network.score_pyramid(normalize(pixels, self.preprocessing))[-1]
+
+            return InStrips(function, rows)
+
+        rows = 0 if runtime == "openvino" else TILE[tile]
+        self.finest_scores = finest_scores(self.network, rows)
+        # OpenVINO's operations cannot be traced, but they are those of the network that it was made of.
+        self.estimated = finest_scores(model.network, 0) if runtime == "openvino" else self.finest_scores
+        self.all_scores = InStrips(self.network, rows)  # of the full size
         self.variants = None if tta == "none" else TTA[tta]
         only_labels = tta == "none" and not {"confidence", "scores"} & set(kinds)
         # On a GPU the full size costs little, and looking for borders makes it wait for the CPU.
@@ -102,13 +118,15 @@ class Segmenter:
         self.batch_size = 1 if device.type == "cpu" else batch_size or GPU_BATCH
         self.kinds = kinds
         self.opacity = opacity
+        self.memory = memory
+        self.weights: int = sum(each.nbytes for each in model.network.state_dict().values())
 
     def compute(self, pictures: Iterator[Decoded]) -> Iterator[tuple[Decoded, Segmentation | ImageError]]:
         """Every picture with its segmentation, or with the reason why there is none."""
         for batch in self._batches(pictures):
             start = time.perf_counter()
             with torch.inference_mode():
-                scores = self.scores([_pixels(picture) for picture in batch])
+                scores = self._affordable_scores([_pixels(picture) for picture in batch])
                 results = [self.result(picture, found) for picture, found in zip(batch, scores, strict=True)]
             milliseconds = (time.perf_counter() - start) * 1e3 / len(batch)
             for picture, result in zip(batch, results, strict=True):
@@ -143,6 +161,36 @@ class Segmenter:
         height, width = _pixels(picture).shape[:2]
         return network_size(height, width, self.preprocessing)
 
+    def needed(self, height: int, width: int) -> int:
+        """The bytes of memory that an image of that size takes, with all that computes it; an estimate."""
+        classes = sum(self.heads)
+        need = RUNTIME + 2 * self.weights + PICTURE * height * width
+        if "scores" in self.kinds:
+            need += 2 * 2 * classes * height * width  # float16, and as a file
+        if self.device.type != "cpu":
+            return need
+        seen = network_size(height, width, self.preprocessing)
+        if self.variants:
+            need += VARIANTS * 4 * classes * math.prod(seen)
+            largest = max(self.variants.scales)
+            seen = round(seen[0] * largest), round(seen[1] * largest)
+        return need + self.estimated.memory(torch.zeros((), dtype=torch.uint8).expand(1, 3, *seen))
+
+    def _affordable_scores(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Tensor | ImageError]:
+        """The `scores` of images for which there is memory enough."""
+        refusals = [self._refusal(*image.shape[:2]) for image in images]
+        fitting = [image for image, refusal in zip(images, refusals, strict=True) if not refusal]
+        found = iter(self.scores(fitting) if fitting else [])
+        return [refusal or next(found) for refusal in refusals]
+
+    def _refusal(self, height: int, width: int) -> ImageError | None:
+        if self.memory is None or (need := self.needed(height, width)) <= self.memory:
+            return None
+        return ImageError(
+            f"{width} x {height} pixels need about {gib(need)} of memory, and --memory is "
+            f"{gib(self.memory)}; try --size 500"
+        )
+
     def scores(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Tensor | ImageError]:
         """Scores (C, h, w) of images that the network sees at one size; fewer at a time when memory runs out.
 
@@ -172,7 +220,9 @@ class Segmenter:
         pixels = torch.cat([to_pixels(image, self.preprocessing) for image in images]).to(self.device)
         if self.variants is None:
             return list(self.finest_scores(pixels))
-        return list(average(self.network, normalize(pixels, self.preprocessing), self.variants, self.heads))
+        return list(
+            average(self.all_scores, normalize(pixels, self.preprocessing), self.variants, self.heads)
+        )
 
     def result(self, picture: Decoded, scores: Tensor | ImageError) -> Segmentation | ImageError:
         """The segmentation of a picture from its `scores`."""

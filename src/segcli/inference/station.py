@@ -59,7 +59,9 @@ class Station:
     def _run(self) -> None:
         task, stop = self._task, self._stop
         error: SegcliError | None = None
-        decoders = Decoders(task.workers, task.reader, stop, remote=task.sources.may_be_remote)
+        decoders = Decoders(
+            task.workers, task.reader, stop, remote=task.sources.may_be_remote, memory=task.memory
+        )
         try:
             work_through(
                 task, Ahead(iter(self._inputs.get, None), 1, stop), decoders, self._start, self._note, stop

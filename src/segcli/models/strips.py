@@ -253,6 +253,16 @@ class InStrips:
             return 1
         return self.strips(image).count(WORKING[image.device.type])
 
+    def memory(self, image: Tensor) -> int:
+        """The bytes that this takes besides the image and the weights, roughly."""
+        working = WORKING[image.device.type]
+        if image.shape[0] * image.shape[2] * image.shape[3] <= SMALL:
+            return 2 * working
+        strips = self.strips(image)
+        if self.count(image) == 1:
+            return strips.whole()
+        return strips.kept() + strips.output.bytes + 2 * working
+
     def strips(self, image: Tensor) -> Strips:
         """The operations on an image of this shape."""
         key = tuple(image.shape), image.dtype, image.device
@@ -297,6 +307,14 @@ class Strips:
         maps = [step for step in self.steps if step.kept and step is not self.image]
         phases = range(self.output.phase + 1)
         return max(sum(s.bytes for s in maps if s.phase <= phase <= _last_phase(s)) for phase in phases)
+
+    def whole(self) -> int:
+        """The most bytes of maps that there are at a time when the image is computed whole."""
+        most, last = 0, {source: number for number, step in enumerate(self.steps) for source in step.inputs}
+        for number, step in enumerate(self.steps):
+            live = [each for each in self.steps[: number + 1] if each is step or last[each] >= number]
+            most = max(most, sum(each.bytes for each in live))
+        return most
 
     def run(self, image: Tensor, count: int) -> Generator[Tensor, None, None]:
         """The rows of the output from top to bottom, in up to `count` strips, each (N, C, rows, w)."""
