@@ -31,7 +31,7 @@ from segcli.models.checkpoint import Model
 from segcli.models.fcn import Network
 from segcli.models.prepared import prepare
 from segcli.models.preprocessing import network_size, normalize, to_pixels
-from segcli.models.strips import InStrips, Strips
+from segcli.models.strips import SMALL, InStrips, Strips
 from segcli.palettes import count_ids
 
 # PyTorch's CPU library keeps compiled code for every size of image it has seen: 1024 pieces, about 400 MB on
@@ -40,7 +40,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 GPU_BATCH = 16  # images at a time where nothing else was asked for; halved when memory runs out
 TILE = {"auto": None, "on": 16, "off": 0}  # rows of an image at a time, see `InStrips`
-RUNTIME = 500 << 20  # bytes of the process before it has a model: Python, PyTorch, OpenCV
+RUNTIME = 640 << 20  # bytes of the process before it has a model: Python, PyTorch, OpenCV
 VARIANTS = 4  # maps of scores of the full size that averaging them takes
 BAND = 1 << 24  # scores of the full size at a time, whatever the size of the image
 
@@ -184,7 +184,8 @@ class Segmenter:
         return [refusal or next(found) for refusal in refusals]
 
     def _refusal(self, height: int, width: int) -> ImageError | None:
-        if self.memory is None or (need := self.needed(height, width)) <= self.memory:
+        small = height * width <= SMALL  # what the process itself takes is no reason to refuse an image
+        if small or self.memory is None or (need := self.needed(height, width)) <= self.memory:
             return None
         return ImageError(
             f"{width} x {height} pixels need about {gib(need)} of memory, and --memory is "

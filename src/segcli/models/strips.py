@@ -254,14 +254,17 @@ class InStrips:
         return self.strips(image).count(WORKING[image.device.type])
 
     def memory(self, image: Tensor) -> int:
-        """The bytes that this takes besides the image and the weights, roughly."""
+        """The bytes that this takes besides the image and the weights; roughly, rather too many than too few.
+
+        Half as much again as the maps, for what the libraries allocate beside them.
+        """
         working = WORKING[image.device.type]
         if image.shape[0] * image.shape[2] * image.shape[3] <= SMALL:
-            return 2 * working
+            return working
         strips = self.strips(image)
         if self.count(image) == 1:
-            return strips.whole()
-        return strips.kept() + strips.output.bytes + 2 * working
+            return strips.whole() * 3 // 2
+        return strips.kept() + strips.output.bytes + 2 * working * 3 // 2
 
     def strips(self, image: Tensor) -> Strips:
         """The operations on an image of this shape."""
