@@ -175,23 +175,25 @@ os._exit = tell
 """
 
 
-@pytest.mark.parametrize("megapixels", [100, 170] if FULL else [12])
-def test_2_honest_large_images_fit_into_memory(tmp_path: Path, megapixels: int) -> None:
+@pytest.mark.parametrize(
+    ("megapixels", "size"), [(100, "500"), (170, "500"), (170, "own")] if FULL else [(12, "500"), (4, "own")]
+)
+def test_2_honest_large_images_fit_into_memory(tmp_path: Path, megapixels: int, size: str) -> None:
     height = round((megapixels * 1e6 * 3 / 4) ** 0.5)
     width = round(megapixels * 1e6 / height)
     (tmp_path / "in").mkdir()
     small = Image.fromarray(picture(300, 400))
     small.resize((width, height), Image.Resampling.BILINEAR).save(tmp_path / "in/large.jpg")
     del small
-    with Row("2 honest images of 100 and 170 megapixels, computed at --size 500"):
-        process = Process(
-            "predict", "in", *model(), "--size", 500, "--workers", 1, folder=tmp_path, before=WATCH
-        )
+    budget = 1.5 + 16 * megapixels / 1000 if size == "500" else 8.0  # GiB
+    options = ["--workers", 1, "--memory", f"{budget}G", *(["--size", size] if size != "own" else [])]
+    with Row("2 honest images of 100 and 170 megapixels, at --size 500 and at their own"):
+        process = Process("predict", "in", *model(), *options, folder=tmp_path, before=WATCH)
         assert process.wait() == 0, process.errors
         lines = assert_complete(tmp_path / "masks", 1)
         assert [(line["width"], line["height"]) for line in lines.values()] == [(width, height)]
         gib = int(process.stdout.read_text()) / 2**20
-        assert gib < 1.5 + 16 * megapixels / 1000, f"{gib:.1f} GiB"
+        assert gib < budget, f"{gib:.1f} GiB"
 
 
 # ---- 3, 4, 5: what becomes of neighbours and twins ----
