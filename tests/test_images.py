@@ -400,6 +400,8 @@ def test_large_pictures_are_converted_in_strips(tmp_path: Path, monkeypatch: pyt
         (b"\x01\x02\xff\xfe and so on", "not an image (it starts with 01 02 ff fe 20 61 6e 64)"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "PostScript and PDF are not supported"),
+        (b"MM\0+\0\x08\0\0", "big-endian BigTIFF is not supported"),
+        (b"II+\0\x08\0\0\0", "its header is damaged"),
         (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC is not supported"),
         (b"\x89PNG\r\n\x1a\n and no header", "damaged"),
     ],

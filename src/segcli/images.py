@@ -169,9 +169,10 @@ def _decoded(path: Path, max_pixels: int, announce: Announce) -> Iterator[tuple[
 
 _STARTS = (
     (
-        rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|II\*\0|MM\0\*|BM|GIF8|P[1-7Ff]\s|....ftypavi",
+        rb"\xff\xd8\xff|\x89PNG|RIFF....WEBP|II[*+]\0|MM\0\*|BM|GIF8|P[1-7Ff]\s|....ftypavi",
         "its header is damaged, or of a kind that is not supported",
     ),
+    (rb"MM\0\+", "big-endian BigTIFF is not supported; convert it to TIFF or PNG"),
     (rb"....ftyp(hei|hev|mif1|msf1)", "HEIC is not supported; convert it to JPEG or PNG"),
     (rb"\0\0\0\x0cjP|\xff\x4f\xff\x51", "JPEG 2000 is not supported; convert it to TIFF or PNG"),
     (rb"%!PS|\xc5\xd0\xd3\xc6|%PDF", "PostScript and PDF are not supported; convert it to PNG"),
