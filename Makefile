@@ -30,11 +30,13 @@ docs: setup  ## write docs/commands.md and the pictures of the README
 test-faults: setup  ## run the fault suite with its full counts (an hour or so)
 	SEGCLI_FAULTS=full $(BIN)/python -m pytest -m faults -s
 
-bench: setup  ## time networks, their parts and colorize beside what people would use instead (half an hour)
+bench: setup  ## time networks, folders, colorize and start-up beside what people would use instead (an hour)
 	PATH="$(CURDIR)/$(BIN):$$PATH" uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[bench]'
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/border.py
+	$(BIN)/python benchmarks/folders.py
 	$(BIN)/python benchmarks/colorize.py
+	$(BIN)/python benchmarks/startup.py
 
 lint: setup  ## check style and types
 	$(BIN)/ruff check

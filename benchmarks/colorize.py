@@ -3,13 +3,15 @@
     OMP_NUM_THREADS=1 python benchmarks/colorize.py [--masks 1000] [--rounds 3]
 
 Makes masks of 500 x 375 pixels in a temporary folder, lets both turn them into RGB pictures, each time in a
-fresh process and in turns, and prints the medians of wall and processor time. `segcli colorize` also hashes
-inputs and outputs, flushes every file to the disk and keeps a record. Needs imgviz.
+fresh process and in turns, after one round to warm up, and prints the medians of wall and processor time.
+`segcli colorize` also hashes inputs and outputs, flushes every file to the disk and keeps a record. Needs
+imgviz.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import os
 import platform
@@ -20,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import cv2
@@ -56,10 +59,19 @@ def make_masks(folder: Path, count: int) -> None:
         (folder / f"{number:05}.png").write_bytes(encode_mask(scores.argmax(0).astype(np.uint8), palette))
 
 
+@contextlib.contextmanager
+def compiled_python() -> Iterator[None]:
+    """Let Python keep what it compiles, as it does on a user's machine, in a folder of this run."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        os.environ["PYTHONPYCACHEPREFIX"] = folder
+        yield
+
+
 def timed(command: list[str]) -> tuple[float, float]:
     """Seconds of wall and of processor time, its children's included."""
     start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -71,7 +83,7 @@ def main() -> None:
     options = parser.parse_args()
     cores = len(os.sched_getaffinity(0))
     print(f"{datetime.date.today()}, {platform.machine()}, {cores} CPUs in use, {options.masks} masks")
-    with tempfile.TemporaryDirectory() as name:
+    with compiled_python(), tempfile.TemporaryDirectory() as name:
         masks, out = Path(name, "masks"), Path(name, "out")
         masks.mkdir()
         make_masks(masks, options.masks)
@@ -80,13 +92,15 @@ def main() -> None:
             "segcli colorize": [sys.executable, "-m", "segcli", "colorize", str(masks), "-o", str(out), "-q"],
         }
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
-        for _ in range(options.rounds):
+        for number in range(options.rounds + 1):
             for name, command in commands.items():
-                times[name].append(timed(command))
+                found = timed(command)
+                if number:  # the first round compiles
+                    times[name].append(found)
                 shutil.rmtree(out)
     first: list[float] = []
-    for name, found in times.items():
-        medians = [statistics.median(column) for column in zip(*found, strict=True)]
+    for name, each in times.items():
+        medians = [statistics.median(column) for column in zip(*each, strict=True)]
         first = first or medians
         ratios = ", ".join(f"{a / b:.2f}x" for a, b in zip(first, medians, strict=True))
         print(f"{name:20} {medians[0]:7.1f} s wall {medians[1]:7.1f} s processor   {ratios}")

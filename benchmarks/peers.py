@@ -35,6 +35,7 @@ from segcli.inference.benchmark import (
     processor_name,
     synthetic_photo,
 )
+from segcli.inference.calibration import ranges_on
 from segcli.inference.decoders import Decoded
 from segcli.inference.segmentation import Segmenter
 from segcli.inference.sources import Input
@@ -51,7 +52,13 @@ Image = npt.NDArray[np.uint8]  # (H, W, 3) RGB
 Job = Callable[[], object]
 CPU = torch.device("cpu")
 VOC = CLASS_SETS["voc"]
-WAYS = (("torch", "fp32"), ("torch", "bf16"), ("openvino", "fp32"), ("openvino", "bf16"))
+WAYS = (
+    ("torch", "fp32"),
+    ("torch", "bf16"),
+    ("openvino", "fp32"),
+    ("openvino", "bf16"),
+    ("openvino", "int8"),
+)
 LIBRARIES = ("torch", "torchvision", "openvino", "transformers")
 SEGFORMERS = {  # Xie et al. 2021, table 6: blocks of the four stages, and their channels; decoder's channels
     "B0": ((2, 2, 2, 2), (32, 64, 160, 256), 256),
@@ -142,7 +149,7 @@ def fcn8s_jobs(photo: Image, widths: tuple[int, ...] = WIDTHS) -> dict[str, Job]
             scores: Tensor = network(to_tensor(photo, model.info.preprocessing))
             return scores.argmax(1)[0].numpy()
 
-    segmenters = segcli_ways(model)
+    segmenters = segcli_ways(model, photo)
     with torch.inference_mode():
         expected = peer(images)
         for way, segmenter in segmenters.items():
@@ -156,12 +163,17 @@ def fcn8s_jobs(photo: Image, widths: tuple[int, ...] = WIDTHS) -> dict[str, Job]
     return jobs | segcli_jobs(segmenters, photo)
 
 
-def segcli_ways(model: Model) -> dict[str, Segmenter]:
-    """What `segcli predict` computes with, by runtime and precision."""
-    return {
-        f"{runtime} {precision}": Segmenter(model, CPU, ["mask"], precision=precision, runtime=runtime)
-        for runtime, precision in WAYS
-    }
+def segcli_ways(model: Model, photo: Image) -> dict[str, Segmenter]:
+    """What `segcli predict` computes with, by runtime and precision; int8 is calibrated on the photo."""
+    ways = {}
+    for runtime, precision in WAYS:
+        ranges = None
+        if precision == "int8":
+            ranges, _ = ranges_on(model.network, [to_tensor(photo, model.info.preprocessing)])
+        ways[f"{runtime} {precision}"] = Segmenter(
+            model, CPU, ["mask"], precision=precision, runtime=runtime, ranges=ranges
+        )
+    return ways
 
 
 def segcli_jobs(segmenters: Mapping[str, Segmenter], photo: Image) -> dict[str, Job]:
@@ -197,7 +209,7 @@ def torchvision_jobs(photo: Image) -> dict[str, Job]:
         "torchvision, as documented": documented,
         "torchvision, under no_grad": without_gradients,
     }
-    return jobs | segcli_jobs(segcli_ways(model), photo)
+    return jobs | segcli_jobs(segcli_ways(model, photo), photo)
 
 
 def segformer_jobs(variant: str, photo: Image) -> dict[str, Job]:
@@ -222,7 +234,7 @@ def bundled_jobs(photo: Image) -> dict[str, Job]:
     """The bundled models."""
     jobs: dict[str, Job] = {}
     for name, file in bundled_models().items():
-        found = segcli_jobs(segcli_ways(load_model(file)), photo)
+        found = segcli_jobs(segcli_ways(load_model(file), photo), photo)
         jobs |= {f"{name}, {way}": job for way, job in found.items()}
     return jobs
 

@@ -9,6 +9,7 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from segcli.errors import ImageError, MachineError
 from segcli.files import sha256
 from segcli.images import read_image
 from segcli.inference import decoders as decoders_module
+from segcli.inference import segmentation
 from segcli.inference.ahead import Ahead
 from segcli.inference.decode_worker import LARGE, seconds_for
 from segcli.inference.decoders import Decoded, Decoders
@@ -269,11 +271,13 @@ def pictures_of(sizes: list[tuple[int, int]]) -> list[Decoded]:
     return [Decoded(Input(f"{n}.png", f"{n}.png"), picture(*size, seed=n)) for n, size in enumerate(sizes)]
 
 
-def computed(network: Network, sizes: list[tuple[int, int]], batch: int) -> dict[str, bytes | str]:
+def computed(
+    network: Network, sizes: list[tuple[int, int]], batch: int, ahead: bool = False
+) -> dict[str, bytes | str]:
     """Labels, or the reason why there are none, by source."""
     segmenter = Segmenter(model_of(network), torch.device("cpu"), ["mask"], batch)
     assert segmenter.batch_size == 1  # on the CPU, whatever was asked for
-    segmenter.batch_size = batch  # as on a GPU
+    segmenter.batch_size, segmenter.ahead = batch, ahead  # as on a GPU
     return {
         done.item.source: str(result) if isinstance(result, ImageError) else result.labels.tobytes()
         for done, result in segmenter.compute(iter(pictures_of(sizes)))
@@ -283,18 +287,20 @@ def computed(network: Network, sizes: list[tuple[int, int]], batch: int) -> dict
 SIZES = [(20, 30), (30, 20), (20, 30), (1, 1), (20, 30), (30, 20), (20, 30), (20, 30)]
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("batch", [2, 3, 8, 100])
-def test_batches_hold_one_size_and_change_nothing(batch: int) -> None:
+def test_batches_hold_one_size_and_change_nothing(batch: int, ahead: bool) -> None:
     network = Windows()
-    assert computed(network, SIZES, batch) == computed(Windows(), SIZES, 1)
+    assert computed(network, SIZES, batch, ahead) == computed(Windows(), SIZES, 1)
     assert sum(network.seen) == len(SIZES)
     assert max(network.seen) == min(batch, 5)  # five of 20 x 30
 
 
+@pytest.mark.parametrize("ahead", [False, True])
 @pytest.mark.parametrize("most", [1, 2, 3])
-def test_out_of_memory_above_a_batch_size_backs_off(most: int) -> None:
+def test_out_of_memory_above_a_batch_size_backs_off(most: int, ahead: bool) -> None:
     network = Windows(most)
-    assert computed(network, [(20, 30)] * 12, 8) == computed(Windows(), [(20, 30)] * 12, 1)
+    assert computed(network, [(20, 30)] * 12, 8, ahead) == computed(Windows(), [(20, 30)] * 12, 1)
     assert network.seen.count(8) == 1  # it is tried once, and remembered
 
 
@@ -324,6 +330,41 @@ def test_large_images_are_computed_alone_and_at_once() -> None:
     pictures = pictures_of([(20, 30)] * 3)
     pictures[1].room = LARGE + 1
     assert [p.item.source for p, _ in segmenter.compute(iter(pictures))] == ["1.png", "0.png", "2.png"]
+
+
+def test_a_gpu_is_given_work_before_the_next_picture_is_waited_for() -> None:
+    network = Windows()
+    segmenter = Segmenter(model_of(network), torch.device("cpu"), ["mask"])
+    segmenter.ahead = True
+    pictures = pictures_of([(20, 30)] * 4)
+    pictures[2].room = LARGE + 1
+    asked: list[int] = []  # how often the network had been called when a picture was asked for
+
+    def coming() -> Iterator[Decoded]:
+        for one in pictures:
+            asked.append(len(network.seen))
+            yield one
+
+    handed_out = []
+    for one, _ in segmenter.compute(coming()):
+        handed_out.append((one.item.source, len(asked)))
+    assert asked == [0, 1, 2, 3]
+    # Each is handed out once the one after it was read, but for the large one, whose room the next may need.
+    assert handed_out == [("0.png", 2), ("1.png", 3), ("2.png", 3), ("3.png", 4)]
+
+
+def test_a_picture_that_cannot_be_prepared_is_told_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare = segmentation.to_pixels
+
+    def picky(image: Any, preprocessing: Preprocessing) -> Tensor:
+        if len(image) == 1:
+            raise RuntimeError("CUDA error: out of memory")
+        return prepare(image, preprocessing)
+
+    monkeypatch.setattr(segmentation, "to_pixels", picky)
+    clean = computed(Windows(), SIZES, 2)
+    assert clean == computed(Windows(), SIZES, 2, ahead=True)
+    assert clean["3.png"] == "there is not enough memory to compute 1 x 1 pixels; try --size 500"
 
 
 def test_the_size_can_be_overridden() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,9 @@ from segcli.models.vgg import VGG16FCN
 
 pytest.importorskip("openvino")
 
-from segcli.models.openvino_networks import with_openvino
+import openvino
+
+from segcli.models.openvino_networks import REMEMBERED, with_openvino
 
 CLASSES = 5
 
@@ -48,6 +51,25 @@ def test_windowed_vgg16_of_any_size_against_the_released_network() -> None:
         for size in [(1, 1), (5, 3), (48, 64), (97, 61), (64, 48), (128, 130), (5, 3)]:
             x = image(*size)
             assert relative_error(fast(x), released.fcn8s(x, weights)) < 1e-5
+
+
+def test_a_folder_of_mixed_sizes_needs_no_further_compilation(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_model, parts = openvino.Core.compile_model, []
+
+    def counted(core: Any, model: Any, device: str, options: dict[str, Any]) -> Any:
+        parts.append(options)
+        return compile_model(core, model, device, options)
+
+    monkeypatch.setattr(openvino.Core, "compile_model", counted)
+    fast = with_openvino(vgg(), "fp32")
+    assert len(parts) == 5  # four windows, and all after them
+    with torch.inference_mode():
+        for height in range(20, 50, 7):
+            for width in range(20, 50, 7):
+                fast(image(height, width))
+    assert len(parts) == 5
+    for options in parts:  # what it prepares for a layer and a shape is bounded, too
+        assert options["CPU_RUNTIME_CACHE_CAPACITY"] == REMEMBERED
 
 
 def test_weights_are_copied() -> None:

@@ -9,7 +9,7 @@ import released
 import torch
 from torch import Tensor, nn
 
-from segcli.models.fcn import Network
+from segcli.models.fcn import FINAL_LAYER, Network
 from segcli.models.networks import get
 from segcli.models.prepared import folded, prepare, sharing_copy
 from segcli.models.semseg import ResizingVGG16FCN
@@ -92,6 +92,22 @@ def test_in_half_precision_the_head_stays_float32(stride: int) -> None:
         (*_, coarse) = reduced.score_pyramid(images)
         assert coarse.dtype == torch.float32
         assert torch.equal(reduced.upsample(coarse, (40, 52)), network.upsample(coarse, (40, 52)))
+
+
+@pytest.mark.parametrize("stride", [8, 16, 32])
+def test_fixed_bilinear_kernels_become_interpolation(stride: int) -> None:
+    torch.manual_seed(0)
+    network = VGG16FCN(3, stride, widths=THIN).eval()
+    fast = prepare(network, CPU)
+    upsampling = FINAL_LAYER[stride]
+    assert not any(upsampling in name for name, _ in fast.named_parameters())
+    with torch.inference_mode():
+        for size in [(1, 1), (5, 40), (61, 47)]:  # small ones reach beyond the outermost scores
+            (*_, coarse) = network.score_pyramid(torch.zeros(1, 3, *size))
+            coarse = torch.randn(coarse.shape)
+            assert relative_error(fast.upsample(coarse, size), network.upsample(coarse, size)) < 1e-6
+        network.get_parameter(f"{upsampling}.weight")[0, 1] += 0.01  # as training would
+        assert torch.equal(prepare(network, CPU).upsample(coarse, size), network.upsample(coarse, size))
 
 
 def test_a_network_without_upsampling_layers() -> None:

@@ -69,13 +69,26 @@ def bench(
     from segcli.inference.segmentation import Segmenter
     from segcli.models.checkpoint import load_model
     from segcli.models.prepared import prepare
+    from segcli.models.preprocessing import to_tensor
 
     picked = pick_runtime(runtime, device)
-    precision = pick_precision(precision, picked)
+    precision = pick_precision(precision, picked, runtime)
     loaded = load_model(model_file)
+    ranges = None
+    if precision == "int8":
+        from segcli.inference.calibration import ranges_on
+
+        photo = benchmark.synthetic_photo(benchmark.Size(*chosen[0]), 0)
+        ranges, _ = ranges_on(loaded.network, [to_tensor(photo, loaded.info.preprocessing)])
     parameters = sum(parameter.numel() for parameter in loaded.network.parameters())
     segmenter = Segmenter(
-        loaded, picked, kinds_of("mask,overlay"), images_at_a_time, precision=precision, runtime=runtime
+        loaded,
+        picked,
+        kinds_of("mask,overlay"),
+        images_at_a_time,
+        precision=precision,
+        runtime=runtime,
+        ranges=ranges,
     )
     counted = segmenter.network if runtime == "torch" else prepare(loaded.network, picked)
     progress = Terminal(quiet)
@@ -90,7 +103,7 @@ def bench(
         whole = None
         if images:
             progress.say(f"Segmenting a folder of {images} photographs.")
-            used = default_workers() if workers is None else workers
+            used = default_workers(picked.type == "cuda") if workers is None else workers
             whole = benchmark.folder_speed(segmenter, found_sizes, images, used, folder)
             if whole.interrupted:
                 raise typer.Exit(128 + whole.interrupted)

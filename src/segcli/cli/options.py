@@ -15,7 +15,8 @@ Device = Annotated[
 Precision = Annotated[
     str,
     typer.Option(
-        help="auto, fp32, bf16 or fp16 (GPU); auto takes bf16 where the hardware computes in it, else fp32."
+        help="auto, fp32, bf16, fp16 (GPU) or int8 (OpenVINO); auto takes bf16 where the hardware computes "
+        "in it, else fp32."
     ),
 ]
 Runtime = Annotated[

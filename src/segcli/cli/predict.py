@@ -35,7 +35,13 @@ from segcli.inference.layout import PRODUCTS
 from segcli.models.zoo import DEFAULT_MODEL
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from segcli.inference.calibration import Calibration
     from segcli.inference.segmentation import Segmenter
+    from segcli.inference.shards import Shard
+    from segcli.inference.sources import Sources
+    from segcli.inference.storage import Storage
 
 Source = Annotated[
     Optional[list[str]],  # noqa: UP045
@@ -83,6 +89,9 @@ Devices = Annotated[
 Processes = Annotated[
     int, typer.Option(min=1, help="Processes that compute, with the device and its threads shared out.")
 ]
+Calibrate = Annotated[
+    int, typer.Option("--calibrate", min=1, help="Inputs on which --precision int8 is calibrated, at most.")
+]
 Opacity = Annotated[float, typer.Option(min=0, max=1, help="Of the colours in overlays.")]
 
 
@@ -97,6 +106,7 @@ def predict(
     processes: Processes = 1,
     precision: Precision = "auto",
     runtime: Runtime = "torch",
+    calibrate: Calibrate = 24,
     batch_size: BatchSize = "auto",
     workers: Workers = None,
     size: Size = None,
@@ -167,11 +177,24 @@ def predict(
 
         pick_runtime(runtime, devices[0])  # what cannot be had is an error even when there is nothing to do
     kept = None if overwrite or precision != "auto" else kept_precision(results)
+    gpu = device.startswith("cuda")
     if kept is None:
         from segcli.device import pick_precision, pick_runtime
 
-        kept = pick_precision(precision, pick_runtime(runtime, devices[0]))
+        picked = pick_runtime(runtime, devices[0])
+        gpu = picked.type == "cuda"
+        kept = pick_precision(precision, picked, runtime)
     precision = kept
+    weights = sha256(model_file)
+    readers = default_workers(gpu) if workers is None else workers
+    ranges = None
+    calibrated = {}  # a setting of such runs only
+    if precision == "int8":
+        calibration = calibration_for(
+            model_file, weights, size, found, results, calibrate, readers, overwrite, part, terminal
+        )
+        ranges = calibration.ranges
+        calibrated["calibration"] = calibration.digest
     most //= len(devices)  # of each process
     plan = Plan(
         model_file,
@@ -186,6 +209,7 @@ def predict(
         tile,
         most,
         len(devices),
+        ranges,
     )
 
     def announce() -> None:
@@ -201,8 +225,7 @@ def predict(
         terminal.say(f"Segmenting {images} with {model_file.stem} ({classes}) {computing}.")
         if verbose:
             at_a_time = f"{batch_size} at a time; workers that read: {task.workers}"
-            weights = task.settings["weights"][:12]
-            terminal.say(f"Weights {weights} of {model_file}; {at_a_time}; saving {', '.join(kinds)}.")
+            terminal.say(f"Weights {weights[:12]} of {model_file}; {at_a_time}; saving {', '.join(kinds)}.")
 
     def start() -> Segmenter:
         announce()
@@ -215,12 +238,13 @@ def predict(
         kinds=kinds,
         model=model_file.stem,
         settings={
-            "weights": sha256(model_file),
+            "weights": weights,
             "size": size,
             "tta": tta,
             "opacity": opacity,
             "precision": precision,
             "runtime": runtime,
+            **calibrated,
         },
         options={
             "sources": sources or ["--list", list_file],
@@ -234,7 +258,7 @@ def predict(
             "memory": memory,
         },
         start=start,
-        workers=default_workers() if workers is None else workers,
+        workers=readers,
         memory=most,
         overwrite=overwrite,
         shard=part,
@@ -245,6 +269,42 @@ def predict(
         crew = Crew(task, [one.start for one in plans], announce)
     seconds = run_and_show(task, progress, terminal, "image", "Segmenting", crew)
     report(task, progress, seconds, terminal, "image")
+
+
+def calibration_for(
+    model_file: Path,
+    weights: str,
+    size: int | None,
+    sources: Sources,
+    out: Storage,
+    count: int,
+    workers: int,
+    overwrite: bool,
+    shard: Shard | None,
+    terminal: Terminal,
+) -> Calibration:
+    """What int8 is computed with: as the output folder has it, else from some of the inputs."""
+    from segcli.inference.calibration import calibrate, keep, kept
+    from segcli.models.checkpoint import load_model
+
+    later = shard is not None and shard.number > 1
+    found = None if overwrite and not later else kept(out, weights, size)
+    if found is None:
+        if later:
+            raise UsageError(
+                f"--precision int8: shard 1 calibrates it; start it first, and {shard} after that"
+            )
+        if ("list", "-") in sources.entries:
+            raise UsageError("--precision int8 reads some images first, so give the list as a file: --list")
+        terminal.say("Calibrating int8 on some of the images.")
+        found = calibrate(load_model(model_file), weights, size, sources, count, workers)
+        keep(out, found)
+    on = f"{found.held_out} other images" if found.held_out else "the same images"
+    terminal.say(
+        f"int8, calibrated on {found.images} images: {found.agreement:.2%} of the pixels of {on} "
+        "have the class that they have in fp32."
+    )
+    return found
 
 
 def kinds_of(save: str) -> list[str]:

@@ -36,9 +36,11 @@ Workers = Annotated[
 ]
 
 
-def default_workers() -> int:
-    """Half of the cores, at most 8: enough to feed a GPU, and the CPU needs its cores for the network."""
-    return max(1, min(8, len(os.sched_getaffinity(0)) // 2)) if hasattr(os, "sched_getaffinity") else 2
+def default_workers(gpu: bool = False) -> int:
+    """Half of the cores, which have to encode, too: at most 8, or 2 to 16 where a GPU is to be fed."""
+    least, most = (2, 16) if gpu else (1, 8)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(least, min(most, cores // 2))
 
 
 def refuse_empty(sources: Sources, noun: str) -> None:

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from segcli.models.fcn import FCN, FINAL_LAYER, Bilinear, Network, Window, position, upsampling
+from segcli.models.fcn import FCN, FINAL_LAYER, Bilinear, Network, Window, is_bilinear, position
 
 CORNERS = 1 << 22  # coarse scores that are looked at at a time, whatever the size of the image
 BLOCK = 1 << 16  # pixels that are interpolated at a time
@@ -51,12 +51,8 @@ def lattice_of(network: Network) -> Lattice | None:
     layer = getattr(network, FINAL_LAYER[stride], None)
     if isinstance(layer, Bilinear):
         window = Window(2 * stride, stride, padding=stride // 2)
-    elif isinstance(layer, nn.ConvTranspose2d):
-        size = layer.kernel_size[0]
-        fixed = upsampling(network.num_classes, stride, trimmed=False, size=size).weight
-        if not torch.equal(layer.weight.float().cpu(), fixed):
-            return None
-        window = Window(size, stride)
+    elif isinstance(layer, nn.ConvTranspose2d) and is_bilinear(layer):
+        window = Window(layer.kernel_size[0], stride)
     else:
         return None
     origin = position(Fraction(0), up=[window]) - network.alignment.output

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from segcli.inference.segmentation import Segmenter
+    from segcli.models.quantized import Ranges
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Plan:
     tile: str = "auto"
     memory: int | None = None  # of this process
     processes: int = 1  # among which the threads of this machine are divided
+    ranges: Mapping[str, Ranges] | None = None
 
     def start(self) -> Segmenter:
         """Load the model onto the device.
@@ -54,4 +56,5 @@ class Plan:
             self.runtime,
             self.tile,
             self.memory,
+            self.ranges,
         )

@@ -10,9 +10,9 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cv2
 import numpy as np
@@ -33,6 +33,9 @@ from segcli.models.prepared import prepare
 from segcli.models.preprocessing import network_size, normalize, to_pixels
 from segcli.models.strips import SMALL, InStrips, Strips
 from segcli.palettes import count_ids
+
+if TYPE_CHECKING:
+    from segcli.models.quantized import Ranges
 
 # PyTorch's CPU library keeps compiled code for every size of image it has seen: 1024 pieces, about 400 MB on
 # a folder of mixed sizes. A quarter of that is enough for one size of every layer. It is read at first use.
@@ -66,10 +69,11 @@ class Segmenter:
         shorter_side: Overrides the size at which the network sees images.
         opacity: Of the colours in overlays, 0 to 1.
         tta: Variants of an image whose probabilities are averaged, a key of `tta.TTA`.
-        precision: fp32, bf16 or fp16, see `device.pick_precision`.
+        precision: fp32, bf16, fp16 or int8, see `device.pick_precision`.
         runtime: torch or openvino, see `device.pick_runtime`.
         tile: Whether images are computed in strips: on, off, or auto, which goes by their size.
         memory: Bytes that this process may take, see `needed`; None sets no limit.
+        ranges: For int8, what the convolutions see, see `calibration`.
     """
 
     def __init__(
@@ -85,11 +89,12 @@ class Segmenter:
         runtime: str = "torch",
         tile: str = "auto",
         memory: int | None = None,
+        ranges: Mapping[str, Ranges] | None = None,
     ) -> None:
         if runtime == "openvino":
             from segcli.models.openvino_networks import with_openvino
 
-            self.network = with_openvino(model.network, precision)
+            self.network = with_openvino(model.network, precision, ranges)
         else:
             self.network = prepare(model.network, device, precision)
 
@@ -116,6 +121,9 @@ class Segmenter:
         if shorter_side is not None:
             self.preprocessing = replace(self.preprocessing, shorter_side=shorter_side)
         self.batch_size = 1 if device.type == "cpu" else batch_size or GPU_BATCH
+        # A GPU computes on its own. Meanwhile the next batch is read, and copied in a stream of its own.
+        self.ahead = device.type == "cuda"
+        self.copies = torch.cuda.Stream(device) if self.ahead else None  # type: ignore[no-untyped-call]
         self.kinds = kinds
         self.opacity = opacity
         self.memory = memory
@@ -123,15 +131,27 @@ class Segmenter:
 
     def compute(self, pictures: Iterator[Decoded]) -> Iterator[tuple[Decoded, Segmentation | ImageError]]:
         """Every picture with its segmentation, or with the reason why there is none."""
-        for batch in self._batches(pictures):
+        batches = self._batches(pictures)
+        batch, uploaded = next(batches, None), None
+        while batch is not None:
             start = time.perf_counter()
+            waited = 0.0
+            # What holds room in memory goes on first: the next picture may be waiting for that room.
+            ahead = self.ahead and not any(picture.room for picture in batch)
             with torch.inference_mode():
-                scores = self._affordable_scores([_pixels(picture) for picture in batch])
+                scores = self._affordable_scores([_pixels(picture) for picture in batch], uploaded)
+                following, uploaded = None, None
+                if ahead:
+                    begun = time.perf_counter()
+                    following = next(batches, None)
+                    uploaded = self._uploaded_ahead(following) if following else None
+                    waited = time.perf_counter() - begun
                 results = [self.result(picture, found) for picture, found in zip(batch, scores, strict=True)]
-            milliseconds = (time.perf_counter() - start) * 1e3 / len(batch)
+            milliseconds = (time.perf_counter() - start - waited) * 1e3 / len(batch)
             for picture, result in zip(batch, results, strict=True):
                 picture.milliseconds += milliseconds
                 yield picture, result
+            batch = following if ahead else next(batches, None)
 
     def encode(self, picture: Decoded, result: Segmentation) -> tuple[dict[str, bytes], dict[str, float]]:
         """The files of a picture by kind, and the share of every class that occurs in it."""
@@ -176,11 +196,15 @@ class Segmenter:
             seen = round(seen[0] * largest), round(seen[1] * largest)
         return need + self.estimated.memory(torch.zeros((), dtype=torch.uint8).expand(1, 3, *seen))
 
-    def _affordable_scores(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Tensor | ImageError]:
+    def _affordable_scores(
+        self, images: Sequence[npt.NDArray[np.uint8]], uploaded: Tensor | None
+    ) -> list[Tensor | ImageError]:
         """The `scores` of images for which there is memory enough."""
         refusals = [self._refusal(*image.shape[:2]) for image in images]
         fitting = [image for image, refusal in zip(images, refusals, strict=True) if not refusal]
-        found = iter(self.scores(fitting) if fitting else [])
+        if len(fitting) < len(images):
+            uploaded = None
+        found = iter(self.scores(fitting, uploaded) if fitting else [])
         return [refusal or next(found) for refusal in refusals]
 
     def _refusal(self, height: int, width: int) -> ImageError | None:
@@ -192,13 +216,19 @@ class Segmenter:
             f"{gib(self.memory)}; try --size 500"
         )
 
-    def scores(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Tensor | ImageError]:
+    def scores(
+        self, images: Sequence[npt.NDArray[np.uint8]], uploaded: Tensor | None = None
+    ) -> list[Tensor | ImageError]:
         """Scores (C, h, w) of images that the network sees at one size; fewer at a time when memory runs out.
 
         They are the network's finest, at its own stride; of several variants, the mean at the size it sees.
+
+        Args:
+            images: uint8 (H, W, 3).
+            uploaded: What `_uploaded` makes of them, where that was done before.
         """
         try:
-            return self._computed(images)
+            return self._computed(self._uploaded(images) if uploaded is None else uploaded)
         except (RuntimeError, MemoryError, cv2.error) as error:
             problem = first_line(error)
             short_of_memory = is_out_of_memory(error)
@@ -217,8 +247,30 @@ class Segmenter:
             self.batch_size = max(1, min(self.batch_size, half))
         return self.scores(images[:half]) + self.scores(images[half:])
 
-    def _computed(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Tensor | ImageError]:
-        pixels = torch.cat([to_pixels(image, self.preprocessing) for image in images]).to(self.device)
+    def _uploaded(self, images: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
+        """Images as the network sees them, uint8 (N, 3, h, w), on the device.
+
+        Those for a GPU go through pinned memory in a stream of their own. What this thread asks of the GPU
+        from now on waits for them, what it has asked for goes on.
+        """
+        pixels = torch.cat([to_pixels(image, self.preprocessing) for image in images])
+        if self.copies is None:
+            return pixels.to(self.device)
+        with torch.cuda.stream(self.copies):
+            found = pixels.pin_memory().to(self.device, non_blocking=True)
+        computing = torch.cuda.current_stream(self.device)
+        computing.wait_stream(self.copies)
+        found.record_stream(computing)
+        return found
+
+    def _uploaded_ahead(self, batch: Sequence[Decoded]) -> Tensor | None:
+        """The same of a batch that is computed later; None when it fails, and fails again in its turn."""
+        try:
+            return self._uploaded([_pixels(picture) for picture in batch])
+        except (RuntimeError, MemoryError, cv2.error):
+            return None
+
+    def _computed(self, pixels: Tensor) -> list[Tensor | ImageError]:
         if self.variants is None:
             return list(self.finest_scores(pixels))
         return list(
@@ -305,7 +357,7 @@ def classify(
         top = band.stop
         best, winner = values.max(0)
         check_finite(best)
-        labels[band] = winner.cpu().numpy()
+        labels[band] = winner.to(torch.uint8 if count <= 256 else torch.int32).cpu().numpy()
         if certainty is not None or shares is not None:
             soft = values.softmax(0)
             if certainty is not None:

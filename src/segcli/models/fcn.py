@@ -110,15 +110,32 @@ def upsampling(num_classes: int, stride: int, trimmed: bool, size: int | None = 
     return layer
 
 
-class Bilinear(nn.Module):
-    """Fixed bilinear upsampling: the trimmed transposed convolution with the bilinear kernel."""
+def is_bilinear(layer: nn.ConvTranspose2d) -> bool:
+    """Whether an untrimmed layer of `upsampling` still interpolates every class bilinearly."""
+    classes, size, stride = layer.in_channels, layer.kernel_size[0], layer.stride[0]
+    fixed = upsampling(classes, stride, trimmed=False, size=size).weight
+    return layer.padding == (0, 0) and torch.equal(layer.weight.float().cpu(), fixed)
 
-    def __init__(self, stride: int) -> None:
+
+class Bilinear(nn.Module):
+    """Fixed bilinear upsampling: the transposed convolution with the bilinear kernel of size 2 * stride.
+
+    Args:
+        stride: Even.
+        trimmed: Half a stride is cut off at every side. Else scores fall to zero beyond the outermost ones.
+    """
+
+    def __init__(self, stride: int, trimmed: bool = True) -> None:
         super().__init__()
         self.stride = stride
+        self.trimmed = trimmed
 
     def forward(self, scores: Tensor) -> Tensor:
-        return F.interpolate(scores, scale_factor=self.stride, mode="bilinear", align_corners=False)
+        if not self.trimmed:
+            scores = F.pad(scores, (1, 1, 1, 1))
+        full = F.interpolate(scores, scale_factor=self.stride, mode="bilinear", align_corners=False)
+        half = self.stride // 2
+        return full if self.trimmed else full[..., half:-half, half:-half]
 
 
 class Network(nn.Module):

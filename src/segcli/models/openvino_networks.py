@@ -9,7 +9,9 @@ OpenVINO is reached by its frontend for PyTorch; `openvino.convert_model` would 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,31 +21,49 @@ from torch import Tensor, nn
 
 from segcli.errors import UsageError
 from segcli.models.fcn import FCN, Features, Network
+from segcli.models.prepared import interpolating, sharing_copy
 from segcli.models.vgg import VGG16FCN
 from segcli.models.windowed import STAGES, WindowedVGG16
 
 if TYPE_CHECKING:
+    import openvino
     from torch.export.decomp_utils import CustomDecompTable
+
+    from segcli.models.quantized import Ranges
 
 EXAMPLE = (96, 128)  # of an image or a map for the export; any other size does as well
 REMEMBERED = 256  # shapes of layers for which OpenVINO keeps what it prepared; 5000 if it is not told
 
 
-def with_openvino(network: Network, precision: str) -> Network:
+def with_openvino(network: Network, precision: str, ranges: Mapping[str, Ranges] | None = None) -> Network:
     """A network whose convolutions are computed by OpenVINO: float32 images to float32 scores, one at a time.
 
     Args:
         network: On the CPU, in evaluation mode. Its weights are copied as they are now.
-        precision: fp32 or bf16.
+        precision: fp32, bf16 or int8.
+        ranges: For int8, what `Ranges` of every part were seen, see `observed`.
 
     Raises:
         UsageError: OpenVINO cannot compute this network or precision.
     """
-    if precision not in ("fp32", "bf16"):
-        raise UsageError(f"--runtime openvino computes in fp32 or bf16, not in {precision}")
+    if precision not in ("fp32", "bf16", "int8"):
+        raise UsageError(f"--runtime openvino computes in fp32, bf16 or int8, not in {precision}")
+    if precision == "int8":
+        if ranges is None:
+            raise UsageError("--precision int8 needs images to calibrate on; use it with predict")
+        return _computed(network, Compiler("f32", quantized=dict(ranges)))
+    return _computed(network, Compiler("f32" if precision == "fp32" else "bf16"))
+
+
+def observed(network: Network, ranges: dict[str, Ranges]) -> Network:
+    """The network in fp32; what its convolutions see widens `ranges`, which begin empty, with every image."""
+    return _computed(network, Compiler("f32", seen=ranges))
+
+
+def _computed(network: Network, compiler: Compiler) -> Network:
     try:
-        return OpenVinoNetwork(network, "f32" if precision == "fp32" else "bf16")
-    except RuntimeError as error:
+        return OpenVinoNetwork(network, compiler)
+    except (RuntimeError, ValueError, KeyError) as error:
         reason = (str(error) or type(error).__name__).strip().splitlines()[-1]
         raise UsageError(f"OpenVINO cannot compute this network ({reason}); use --runtime torch") from error
 
@@ -51,18 +71,18 @@ def with_openvino(network: Network, precision: str) -> Network:
 class OpenVinoNetwork(Network):
     """See `with_openvino`."""
 
-    def __init__(self, network: Network, precision: str) -> None:
+    def __init__(self, network: Network, compiler: Compiler) -> None:
         super().__init__()
         self.num_classes = network.num_classes
         self.stride = network.stride
-        self.network = network.eval()
+        self.network = interpolating(sharing_copy(network).eval())
         self.computed: Callable[[Tensor], Sequence[Tensor]]
-        if isinstance(network, VGG16FCN):
-            self.computed = WindowedByOpenVino(network, precision).features
-        elif isinstance(network, FCN):
-            self.computed = compiled(network, network.features, 3, precision)
+        if isinstance(self.network, VGG16FCN):
+            self.computed = WindowedByOpenVino(self.network, compiler).features
+        elif isinstance(self.network, FCN):
+            self.computed = compiler.compiled("all", self.network, self.network.features, 3)
         else:
-            self.computed = compiled(network, network.score_pyramid, 3, precision)
+            self.computed = compiler.compiled("all", self.network, self.network.score_pyramid, 3)
 
     def score_pyramid(self, images: Tensor) -> list[Tensor]:
         if isinstance(self.network, FCN):
@@ -76,16 +96,16 @@ class OpenVinoNetwork(Network):
 class WindowedByOpenVino(WindowedVGG16):
     """A VGG16 network where the image can reach; every stage is a compiled part, and so is all after them."""
 
-    def __init__(self, network: VGG16FCN, precision: str) -> None:
+    def __init__(self, network: VGG16FCN, compiler: Compiler) -> None:
         super().__init__(network)
         plain = WindowedVGG16(network)
         self._stages = {
-            stage: compiled(
-                plain, partial(plain.compute_window, stage=stage), self._channels(stage), precision
+            stage: compiler.compiled(
+                f"stage {stage}", plain, partial(window_of, plain, stage), self._channels(stage)
             )
             for stage in STAGES
         }
-        self._whole = compiled(network, partial(fc7_of, network), self._channels(5), precision)
+        self._whole = compiler.compiled("fc7", network, partial(fc7_of, network), self._channels(5))
 
     def _channels(self, stage: int) -> int:
         return self._convolution(f"conv{stage}_1").in_channels
@@ -95,6 +115,11 @@ class WindowedByOpenVino(WindowedVGG16):
 
     def compute_whole(self, pool4: Tensor) -> Tensor:
         return self._whole(pool4)[0]
+
+
+def window_of(network: WindowedVGG16, stage: int, u: Tensor) -> Tensor:
+    """What `compute_window` gives, pooled in one operation."""
+    return F.max_pool2d(network.convolve_window(u, stage), 2)
 
 
 def fc7_of(network: VGG16FCN, pool4: Tensor) -> Tensor:
@@ -116,21 +141,69 @@ class Part(nn.Module):
         return (found,) if isinstance(found, Tensor) else tuple(found)
 
 
-def compiled(
-    owner: nn.Module,
-    function: Callable[[Tensor], Tensor | Sequence[Tensor]],
-    channels: int,
-    precision: str,
-) -> Callable[[Tensor], list[Tensor]]:
-    """A function of a map, (1, `channels`, H, W) of any size, as OpenVINO computes it.
+@dataclass(frozen=True)
+class Compiler:
+    """Makes OpenVINO compute functions of PyTorch.
 
-    Args:
-        owner: Whose weights it uses.
-        function: From one tensor to one or several.
-        channels: Of its argument.
+    Attributes:
         precision: f32 or bf16, for OpenVINO.
+        seen: Is told what convolutions see, by the name of the part.
+        quantized: Compute in 8-bit integers with these ranges, by the name of the part.
     """
-    import openvino
+
+    precision: str
+    seen: dict[str, Ranges] | None = None
+    quantized: dict[str, Ranges] | None = None
+
+    def compiled(
+        self,
+        name: str,
+        owner: nn.Module,
+        function: Callable[[Tensor], Tensor | Sequence[Tensor]],
+        channels: int,
+    ) -> Callable[[Tensor], list[Tensor]]:
+        """A function of a map, (1, `channels`, H, W) of any size, as OpenVINO computes it.
+
+        Args:
+            name: Of this part of the network.
+            owner: Whose weights it uses.
+            function: From one tensor to one or several.
+            channels: Of its argument.
+        """
+        import openvino
+
+        from segcli.models.quantized import observing, quantize
+
+        model = _converted(owner, function, channels)
+        own = len(model.outputs)
+        if self.quantized is not None:
+            quantize(model, self.quantized[name])
+        if self.seen is not None:
+            self.seen[name] = [(math.inf, -math.inf)] * observing(model)
+        options = {
+            "INFERENCE_PRECISION_HINT": self.precision,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "ENABLE_CPU_PINNING": False,  # other processes and threads want the processors, too
+            "CPU_RUNTIME_CACHE_CAPACITY": REMEMBERED,
+        }
+        run = openvino.Core().compile_model(model, "CPU", options)
+
+        def compute(maps: Tensor) -> list[Tensor]:
+            outputs = list(run(maps.float().contiguous().numpy(), share_inputs=True).values())
+            if self.seen is not None:
+                extremes = [float(output) for output in outputs[own:]]
+                now = zip(self.seen[name], extremes[::2], extremes[1::2], strict=True)
+                self.seen[name] = [(min(old[0], low), max(old[1], high)) for old, low, high in now]
+            return [torch.from_numpy(output) for output in outputs[:own]]
+
+        return compute
+
+
+def _converted(
+    owner: nn.Module, function: Callable[[Tensor], Tensor | Sequence[Tensor]], channels: int
+) -> openvino.Model:
+    """A function of a map in OpenVINO's own form, for any height and width."""
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 
@@ -141,20 +214,7 @@ def compiled(
     # The decoder has to live until the model is converted.
     decoder = TorchFXPythonDecoder(exported.run_decompositions(_decompositions()).module())
     frontend = FrontEndManager().load_by_framework("pytorch")
-    options = {
-        "INFERENCE_PRECISION_HINT": precision,
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "ENABLE_CPU_PINNING": False,  # other processes and threads want the processors, too
-        "CPU_RUNTIME_CACHE_CAPACITY": REMEMBERED,
-    }
-    model = openvino.Core().compile_model(frontend.convert(frontend.load(decoder)), "CPU", options)
-
-    def compute(maps: Tensor) -> list[Tensor]:
-        found = model(maps.float().contiguous().numpy(), share_inputs=True)
-        return [torch.from_numpy(output) for output in found.values()]
-
-    return compute
+    return frontend.convert(frontend.load(decoder))
 
 
 def _decompositions() -> CustomDecompTable:

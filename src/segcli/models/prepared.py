@@ -1,9 +1,10 @@
 """A network made ready to predict: the same scores in less time, or nearly the same in half precision.
 
-Four things are done, on a copy that shares what weights stay as they are:
+Five things are done, on a copy that shares what weights stay as they are:
 
 - Batch normalisation after a convolution is folded into its weights; at inference both are linear.
 - VGG16 networks are computed only where the image can reach, see `windowed`.
+- A last upsampling that was fixed to bilinear interpolation is computed as that, and multiplies by no zeros.
 - Weights become bfloat16 or float16 where that was asked for. The head of an FCN, which scores, upsamples and
   adds, stays in float32: it is little work, and scores of different strides nearly cancel at borders.
 - Maps and weights lie channels last, as the convolutions of processors and GPUs want them.
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from segcli.models.fcn import FCN, Features, Network
+from segcli.models.fcn import FCN, FINAL_LAYER, Bilinear, Features, Network, is_bilinear
 from segcli.models.windowed import WindowedVGG16, windowed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,11 +44,11 @@ class PreparedNetwork(Network):
         self.num_classes = network.num_classes
         self.stride = network.stride
         self.dtype = dtype
-        self.network = windowed(folded(sharing_copy(network).to(device).eval()))
+        self.network = windowed(interpolating(folded(sharing_copy(network).to(device).eval())))
         _to_dtype(self.network, dtype)
-        # Apple's GPUs have no such layout. In a windowed network fc6 is a matrix, and lies as it should.
+        # Apple's GPUs have no such layout. VGG16's half a gigabyte is not copied only to lie otherwise.
         self.format = torch.contiguous_format if device.type == "mps" else torch.channels_last
-        if not isinstance(self.network, WindowedVGG16):
+        if dtype != torch.float32 or not isinstance(self.network, WindowedVGG16):
             self.network.to(memory_format=self.format)
         self.eval()
 
@@ -81,6 +82,16 @@ def folded(network: Network) -> Network:
                 setattr(module, previous, fuse_conv_bn_eval(before, layer))
                 setattr(module, name, nn.Identity())
             previous, before = name, layer
+    return network
+
+
+def interpolating(network: Network) -> Network:
+    """Let a last upsampling that is a layer of bilinear kernels be computed as interpolation, in place."""
+    if isinstance(network, FCN):
+        name = FINAL_LAYER[network.stride]
+        layer = getattr(network, name, None)
+        if isinstance(layer, nn.ConvTranspose2d) and is_bilinear(layer) and layer.kernel_size[0] % 2 == 0:
+            setattr(network, name, Bilinear(network.stride, trimmed=False))
     return network
 
 

@@ -13,9 +13,9 @@ convolutions see their zero padding. So only the window that the image can reach
 - The window never meets the ring before stage 5. Stage 5, fc6 and fc7 see the whole canvas: the window laid
   on what an empty canvas gives. That comes from a small empty canvas, stretched along its constant middle.
 
-Two things more are done as processors like them: maps lie channels last, for which PyTorch's pooling is seven
-times as fast on a CPU, and fc6 is a matrix product, for its 411 MB of weights take long to rearrange for a
-convolution of so few pixels. See docs/performance.md.
+More is done as processors like it: maps lie channels last, for which PyTorch pools seven times as fast on a
+CPU, and fc6 and fc7 are matrix products, for their 478 MB of weights take long to rearrange for a convolution
+of so few pixels. See docs/performance.md.
 """
 
 from __future__ import annotations
@@ -145,15 +145,30 @@ def _matrix_rows(shape: Shape, weight: Tensor, bias: Tensor) -> Rows:
 @operation(_matrix_rows)
 def convolve_by_matrix(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """`F.conv2d(x, weight, bias)` for a square kernel, as a matrix product of all that the kernel covers."""
-    matrix, side = weight.flatten(1), weight.shape[-1]  # fc6: (4096, 512 * 7 * 7)
-    height, width = (length - side + 1 for length in x.shape[-2:])
-    rows = max(1, PATCHES // (len(x) * width * matrix.shape[1]))
+    side = weight.shape[-1]
+    patches = x.permute(0, 2, 3, 1).unfold(1, side, 1).unfold(2, side, 1)  # (N, h, w, C, side, side)
+    if weight.is_contiguous(memory_format=torch.channels_last):
+        patches, weight = patches.permute(0, 1, 2, 4, 5, 3), weight.permute(0, 2, 3, 1)
+    matrix = weight.flatten(1)  # fc6: (4096, 7 * 7 * 512)
+    size, height, width = patches.shape[:3]
+    rows = max(1, PATCHES // (size * width * matrix.shape[1]))
     strips = []
     for top in range(0, height, rows):
-        patches = F.unfold(x[:, :, top : top + rows + side - 1], side)  # (N, 512 * 7 * 7, positions)
-        answers = matrix @ patches + bias[:, None]
-        strips.append(answers.reshape(len(x), len(matrix), -1, width))
-    return torch.cat(strips, 2)
+        covered = patches[:, top : top + rows].reshape(size, -1, width, matrix.shape[1])
+        strips.append(F.linear(covered, matrix, bias))
+    return torch.cat(strips, 1).permute(0, 3, 1, 2)
+
+
+def _halved_rows(shape: Shape) -> Rows:
+    made = (*shape[:2], shape[2] // 2, shape[3] // 2)
+    return sliding(made, (2, 2, 0), 0, halved)
+
+
+@operation(_halved_rows)
+def halved(x: Tensor) -> Tensor:
+    """`F.max_pool2d(x, 2)` for even sides. That also notes where every maximum was, in more bytes than it."""
+    x = torch.maximum(x[:, :, ::2], x[:, :, 1::2])
+    return torch.maximum(x[..., ::2], x[..., 1::2])
 
 
 def windowed(network: Network) -> Network:
@@ -214,30 +229,33 @@ class WindowedVGG16(Network):
 
     def compute_window(self, u: Tensor, stage: int) -> Tensor:
         """What a stage (1 to 4) makes of its widened window; both are differences."""
+        return halved(self.convolve_window(u, stage))
+
+    def convolve_window(self, u: Tensor, stage: int) -> Tensor:
+        """The same before pooling.
+
+        Every convolution with its ReLU makes the window grow by all outputs that see a pixel of it.
+        """
         for name in convolution_names(stage):
-            u = self._convolve_window(u, name)
-        return F.max_pool2d(u, 2)
+            weight = self._convolution(name).weight
+            bias, floor = self.get_buffer(f"{name}_bias"), self.get_buffer(f"{name}_floor")
+            u = F.conv2d(u, weight, bias, padding=weight.shape[-1] - 1)
+            u = u.clamp_(min=floor.to(u.dtype))
+        return u
 
     def compute_whole(self, pool4: Tensor) -> Tensor:
         """fc7 of the whole canvas from pool4: stage 5, fc6 and fc7."""
-        pool5 = self.network.encode_stage(pool4, 5)
-        fc6 = self._convolution("fc6")
-        assert fc6.bias is not None
-        x = convolve_by_matrix(pool5, fc6.weight, fc6.bias).relu_()
-        fc7: Tensor = self._convolution("fc7")(x)
-        return fc7.relu_()
+        x = self.network.encode_stage(pool4, 5)
+        for name in ("fc6", "fc7"):
+            layer = self._convolution(name)
+            assert layer.bias is not None
+            x = convolve_by_matrix(x, layer.weight, layer.bias).relu_()
+        return x
 
     def _convolution(self, name: str) -> nn.Conv2d:
         layer = self.network.get_submodule(name)
         assert isinstance(layer, nn.Conv2d)
         return layer
-
-    def _convolve_window(self, u: Tensor, name: str) -> Tensor:
-        """Convolution and ReLU, in differences; the window grows by all outputs that see a pixel of it."""
-        weight = self._convolution(name).weight
-        bias, floor = self.get_buffer(f"{name}_bias"), self.get_buffer(f"{name}_floor")
-        u = F.conv2d(u, weight, bias, padding=weight.shape[-1] - 1)
-        return u.clamp_(min=floor.to(u.dtype))
 
     def _empty_canvas(self, height: int, width: int) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
         """The maps of the stages in `SEEN_WHOLE` for an empty image: what `on_canvas` makes them of."""
