@@ -1,6 +1,7 @@
 """The figures of docs/scale.md: the manifest, several processes on one machine, a store that is far away.
 
-python benchmarks/scale.py            needs 'segcli[test]'; about a quarter of an hour on a busy core
+python benchmarks/scale.py            needs 'segcli[test]'; about half an hour on a busy machine
+python benchmarks/scale.py driver     one part: manifest, driver, store, workers
 """
 
 from __future__ import annotations
@@ -13,30 +14,41 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from segcli.inference.manifest import Entry
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 LINES = 100_000
-IMAGES = 160
+IMAGES = 160  # of a store
+PHOTOS = 64  # for several workers
 LATENCY = 0.05  # seconds that the store takes for every answer
+
+
+def entry(number: int) -> Entry:
+    """A line about an image in a store, with two products."""
+    from segcli.inference.manifest import Entry
+    from segcli.inference.storage import Content
+
+    sha256 = hashlib.sha256(str(number).encode()).hexdigest()
+    content = Content(123456, 1795478907310717184, 0, sha256, sha256[:32])
+    name = f"{number % 1000:03d}/{number:08d}"
+    shares = dict.fromkeys(("background", "person", "dog", "sofa"), 0.123456)
+    files = {"mask": content, "overlay": content}
+    return Entry(
+        f"s3://bucket/photos/{name}.jpg", f"{name}.png", "done", None, 500, 375, "fcn8s-voc", 45.1,
+        shares, (), "adfb2b76ef639ddf", content, files,
+    )  # fmt: skip
 
 
 def manifest() -> None:
     """Size of a line, and how fast lines are written, read again and tidied (processor time)."""
-    from segcli.inference.manifest import Entry, open_manifest
-    from segcli.inference.storage import Content, Folder
-
-    def entry(number: int) -> Entry:
-        sha256 = hashlib.sha256(str(number).encode()).hexdigest()
-        content = Content(123456, 1795478907310717184, 0, sha256, sha256[:32])
-        name = f"{number % 1000:03d}/{number:08d}"
-        shares = dict.fromkeys(("background", "person", "dog", "sofa"), 0.123456)
-        files = {"mask": content, "overlay": content}
-        return Entry(
-            f"s3://bucket/photos/{name}.jpg", f"{name}.png", "done", None, 500, 375, "fcn8s-voc", 45.1,
-            shares, (), "adfb2b76ef639ddf", content, files,
-        )  # fmt: skip
+    from segcli.inference.manifest import open_manifest
+    from segcli.inference.storage import Folder
 
     entries = [entry(number) for number in range(LINES)]
     print(f"manifest: {len(entries[0].line())} bytes per line of a store", end="")
@@ -55,23 +67,59 @@ def manifest() -> None:
             print(f", {LINES / (time.process_time() - begun):,.0f} opened")
 
 
-def shards() -> None:
-    """Images per second of one, two and four processes, each with a shard, on all processors allowed."""
+def workers() -> None:
+    """Images per second of 1, 2 and 4 workers, of both engines and as shards, on all processors allowed.
+
+    From the first mask to the last, so without what it takes to start.
+    """
     from small_model import save_picture
 
+    def images_per_second(out: Path, commands: Sequence[Sequence[str]]) -> float:
+        program = [sys.executable, "-m", "segcli", "predict", "in", "--out", out.name, "--workers", "1", "-q"]
+        running = [subprocess.Popen([*program, *command], cwd=out.parent) for command in commands]
+        assert not any(process.wait() for process in running)
+        times = sorted(path.stat().st_mtime for path in out.glob("*.png"))
+        return (len(times) - 1) / (times[-1] - times[0])
+
     with tempfile.TemporaryDirectory() as folder:
-        for seed in range(IMAGES):
+        for seed in range(PHOTOS):
             save_picture(Path(folder, f"in/{seed:03d}.jpg"), 375, 500, seed)
+        print(f"workers: on {len(os.sched_getaffinity(0))} CPU, load average {os.getloadavg()[0]:.1f}")
         for count in (1, 2, 4):
-            words = ["predict", "in", "--out", f"out{count}", "--workers", "1", "--quiet"]
-            commands = [[*words, "--shard", f"{number + 1}/{count}"] for number in range(count)]
-            begun = time.monotonic()
-            program = [sys.executable, "-m", "segcli"]
-            running = [subprocess.Popen([*program, *command], cwd=folder) for command in commands]
-            assert not any(process.wait() for process in running)
-            seconds = time.monotonic() - begun
-            cpus = len(os.sched_getaffinity(0))
-            print(f"shards: {count} on {cpus} CPU: {IMAGES / seconds:.1f} images/s, start-up included")
+            ways = {
+                "processes": [["--processes", str(count)]],
+                "shards": [["--shard", f"{number + 1}/{count}"] for number in range(count)],
+                "Ray actors": [["--engine", "ray", "--num-actors", str(count), "--cpus-per-actor", "1"]],
+            }
+            for name, commands in ways.items():
+                rate = images_per_second(Path(folder, f"{name} {count}"), commands)
+                print(f"workers: {count} {name}: {rate:.2f} images/s", flush=True)
+
+
+def driver() -> None:
+    """How many images per second the driver of a Ray run can note (processor time)."""
+    import threading
+
+    from segcli.inference.cluster import _Run
+    from segcli.inference.cluster_workers import pack, unpack
+    from segcli.inference.manifest import open_manifest
+    from segcli.inference.sources import Input
+    from segcli.inference.storage import Folder
+
+    entries = [entry(number) for number in range(LINES)]
+    tables = [
+        pack(([(one.source, one) for one in entries[start : start + 32]], False))
+        for start in range(0, LINES, 32)
+    ]
+    with tempfile.TemporaryDirectory() as folder, open_manifest(Folder(Path(folder))) as record:
+        noted = (lambda source, one: record.append(one), lambda: None, threading.Event())
+        run = _Run(None, *noted)  # type: ignore[arg-type]
+        run.held.update({one.source: Input(one.source, one.output or "") for one in entries})
+        begun = time.process_time()
+        for table in tables:
+            for row in unpack(table):
+                run._take(*row)
+        print(f"driver: {LINES / (time.process_time() - begun):,.0f} images noted a second")
 
 
 def store() -> None:
@@ -107,6 +155,6 @@ def store() -> None:
 
 
 if __name__ == "__main__":
-    manifest()
-    store()
-    shards()
+    parts = {"manifest": manifest, "driver": driver, "store": store, "workers": workers}
+    for part in sys.argv[1:] or parts:
+        parts[part]()

@@ -90,20 +90,29 @@ Engine = Annotated[
 RayAddress = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option(
-        metavar="auto|HOST:PORT", help="The Ray cluster: auto is the one that this machine belongs to."
+        metavar="auto|URL", help="The Ray cluster: HOST:PORT, or auto: the one that this machine belongs to."
     ),
 ]
 NumActors = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option(min=1, help="Ray actors that compute.", show_default="as many as there is room for"),
+    typer.Option(
+        min=1, metavar="N", help="Ray actors that compute.", show_default="as many as there is room for"
+    ),
 ]
 GpusPerActor = Annotated[
     Optional[float],  # noqa: UP045
-    typer.Option(min=0, help="GPUs that each takes; 0.5 lets two share one.", show_default="1 if there are"),
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="GPUs that each takes; 0.5 lets two share one.",
+        show_default="1 if there are",
+    ),
 ]
 CpusPerActor = Annotated[
     Optional[int],  # noqa: UP045
-    typer.Option(min=1, help="Processors that each takes.", show_default="1 with a GPU, else up to 4"),
+    typer.Option(
+        min=1, metavar="N", help="Processors that each takes.", show_default="1 with a GPU, else up to 4"
+    ),
 ]
 Opacity = Annotated[float, typer.Option(min=0, max=1, help="Of the colours in overlays.")]
 

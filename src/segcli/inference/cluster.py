@@ -16,12 +16,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import math
 import os
 import signal
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -36,7 +39,7 @@ from segcli.inference.layout import RUN_FILE, RUN_FOLDER
 from segcli.inference.pipeline import Note, Task, failed
 from segcli.inference.plan import Plan
 from segcli.inference.sources import Input
-from segcli.inference.storage import absolute
+from segcli.inference.storage import absolute, open_storage
 
 if TYPE_CHECKING:
     from segcli.inference.cluster_workers import Job, Noted
@@ -45,8 +48,9 @@ PORTION = 32  # inputs that go through the cluster together
 WAIT = 1.0  # seconds after which a portion goes that is not full
 STARTS = 3  # tries to start a Ray here: it gives itself 30 s, which a busy machine may take
 TRIES = 3  # that an input gets alone, after its portion was lost
-SILENCE = 600  # seconds without news after which what is under way counts as lost
+SILENCE = 1800  # seconds without news after which what is under way counts as lost
 SILENCE_AFTER_LOSS = 20  # the same once a machine has been lost: what it held may wait for it for ever
+LOST_AFTER = 60  # seconds without news after which another portion may go in place of the oldest
 CPUS = 4  # of an actor without a GPU, where the machines have more than that
 
 # Nothing is sent anywhere, nothing is printed beside segcli's lines, and workers of a Ray that is started
@@ -57,6 +61,10 @@ ENVIRONMENT = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_worker_niceness": "0",
 }
+WARNINGS = (
+    "`ray_remote_args` is deprecated",  # how often an actor's work is tried again has no other name yet
+    "The minimum number of concurrent actors",  # fewer portions than actors
+)
 
 
 @dataclass(frozen=True)
@@ -182,7 +190,10 @@ class RayCluster:
 
     def _lay_out_again(self) -> None:
         """Make do with the machines that there are now."""
-        now = lay_out(_machines(), replace(self._wishes, actors=None), self._device)
+        try:
+            now = lay_out(_machines(), replace(self._wishes, actors=None), self._device)
+        except UsageError as error:
+            raise MachineError(f"too many machines of the Ray cluster were lost: {error}") from error
         self._places = replace(now, actors=min(now.actors, self.places.actors))
 
     def kill(self) -> None:
@@ -220,6 +231,8 @@ class RayCluster:
             if threading.current_thread() is threading.main_thread():
                 for number, handler in handlers.items():
                     signal.signal(number, handler)
+        for text in WARNINGS:
+            warnings.filterwarnings("ignore", text, module="ray|segcli")
         for printer in logging.getLogger("ray.data").handlers:
             if isinstance(printer, logging.StreamHandler):  # the other one writes to Ray's own folder
                 printer.setLevel(logging.CRITICAL)
@@ -304,10 +317,11 @@ class _Run:
         self._began = False  # whether anything has come back
         self._room = threading.Condition()
         self._given = 0  # portions
+        self._heard = time.monotonic()  # when something came back last
         self._open: dict[int, set[str]] = {}  # the sources of a portion that are not noted yet
         self._portion_of: dict[str, int] = {}  # by source
 
-    def give(self, portions: Iterable[list[Input]], places: Places, alone: bool = False) -> bool:
+    def give(self, portions: Iterator[list[Input]], places: Places, alone: bool = False) -> bool:
         """Let the cluster do portions; afterwards `held` tells which inputs were lost.
 
         Args:
@@ -326,15 +340,26 @@ class _Run:
 
         from segcli.inference.cluster_workers import dataset, results
 
+        if (first := next(portions, None)) is None:
+            return True
+        remaining = itertools.chain([first], portions)
         mailbox = ray.remote(num_cpus=0, max_concurrency=100_000, label_selector=here())(Mailbox).remote()
-        ended = threading.Event()
-        most = (1 if alone else 4) * (places.actors + places.readers)
-        feeder = threading.Thread(target=self._feed, args=(portions, mailbox, most, ended), daemon=True)
+        ended, all_given = threading.Event(), threading.Event()
+        most = sys.maxsize if alone else 4 * (places.actors + places.readers)
+
+        def feed() -> None:
+            with contextlib.suppress(ray.exceptions.RayError):
+                if self._feed(remaining, mailbox, most, ended):
+                    all_given.set()
+                ray.get(mailbox.put.remote(None))
+
+        feeder = threading.Thread(target=feed, daemon=True)
         feeder.start()
         rows = Ahead(results(dataset(self._job, places, mailbox, alone)), 1, ended)
         machines = _machines().keys()
         came = told = False
-        heard = time.monotonic()
+        self._heard = time.monotonic()
+        silence = 0.0
         try:
             while not (self._stop.is_set() and not self._began):
                 if self._stop.is_set() and not told:
@@ -344,14 +369,10 @@ class _Run:
                     self._take(*row)
                     came = True
                 if row is not None or not self._open:
-                    heard = time.monotonic()
-                silence = time.monotonic() - heard
+                    self._heard = time.monotonic()
+                silence = time.monotonic() - self._heard
                 if silence > SILENCE or (silence > SILENCE_AFTER_LOSS and machines - _machines().keys()):
-                    if not came:
-                        raise MachineError(f"nothing was heard of the Ray cluster for {silence:.0f} s")
-                    ended.set()
-                    feeder.join()  # the next one goes on with these portions
-                    return False
+                    break
         except StopIteration:
             pass
         except ray.exceptions.RayError as error:
@@ -363,31 +384,44 @@ class _Run:
             self._open.clear()
             self._portion_of.clear()
             ray.kill(mailbox)
-        return True
+        if all_given.is_set() or self._stop.is_set():
+            return True
+        if not came:
+            raise MachineError(f"nothing came of the Ray cluster in {silence:.0f} s; `ray status` tells more")
+        feeder.join()
+        return False
 
-    def _feed(self, portions: Iterable[list[Input]], mailbox: Any, most: int, ended: threading.Event) -> None:
-        """Put portions into the mailbox, but never more than `most` that have not come back."""
+    def _feed(self, portions: Iterable[list[Input]], mailbox: Any, most: int, ended: threading.Event) -> bool:
+        """Put portions into the mailbox, but never more than `most` that have not come back.
+
+        Nobody tells that a portion is lost. One that many others have overtaken, or the oldest when nothing
+        has come for a minute, no longer counts.
+
+        Returns:
+            Whether it has put all of them there.
+        """
         import ray
 
         for portion in portions:
             named = {absolute(item.source): item for item in portion}
+            since = time.monotonic()
             with self._room:
                 self.held.update(named)
                 while len(self._open) >= most and not (self._stop.is_set() or ended.is_set()):
                     oldest = next(iter(self._open))
-                    if self._given - oldest > 4 * most:  # so many have overtaken it that it must be lost
+                    overtaken = self._given - oldest > 2 * most
+                    if overtaken or time.monotonic() - max(since, self._heard) > LOST_AFTER:
                         del self._open[oldest]
                     else:
                         self._room.wait(LOOK)
                 if self._stop.is_set() or ended.is_set():
-                    break
+                    return False
                 self._given += 1
                 self._open[self._given] = set(named)
                 self._portion_of.update(dict.fromkeys(named, self._given))
             inputs = [replace(item, source=source) for source, item in named.items()]
             ray.get(mailbox.put.remote(inputs))
-        with contextlib.suppress(ray.exceptions.RayError):
-            ray.get(mailbox.put.remote(None))
+        return True
 
     def _take(self, notes: list[Noted], restarted: bool) -> None:
         self.restarted |= restarted
@@ -435,8 +469,10 @@ def _job(task: Task[Any], plan: Plan, memory: str) -> Job:
     from segcli.inference.cluster_workers import Job
 
     record = task.shard.record if task.shard else RUN_FOLDER
+    plan = replace(plan, model_file=plan.model_file.absolute())
     return Job(
-        task=replace(task, start=plan.start),  # a closure of the command line cannot be sent
+        # Workers have another current folder, and a closure of the command line cannot be sent.
+        task=replace(task, out=open_storage(absolute(str(task.out)), record), start=plan.start),
         plan=plan,
         memory=memory,
         weights=task.settings["weights"],

@@ -17,7 +17,6 @@ import socket
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -115,30 +114,30 @@ def dataset(job: Job, places: Places, mailbox: Any, alone: bool) -> ray.data.Dat
     inputs = ray.data.read_datasource(
         Source(mailbox), override_num_blocks=1, num_cpus=0, label_selector=here()
     )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated", DeprecationWarning)
-        pictures = inputs.map_batches(
-            Reading,
-            fn_constructor_args=(job, mailbox),
-            compute=ray.data.ActorPoolStrategy(min_size=1, max_size=places.readers),
-            num_cpus=1,
-            **tables,
-            **retries,
-        )
-        return pictures.map_batches(
-            Segmenting,
-            fn_constructor_args=(job, mailbox, ray.put(job.plan.model_file.read_bytes()), places.share),
-            compute=ray.data.ActorPoolStrategy(
-                size=places.actors,
-                max_tasks_in_flight_per_actor=in_flight,
-                max_concurrent_calls_per_actor=at_once,
-                enable_true_multi_threading=True,
-            ),
-            num_cpus=places.cpus,
-            num_gpus=places.gpus,
-            **tables,
-            **retries,
-        )
+    pictures = inputs.map_batches(
+        Reading,
+        fn_constructor_args=(job, mailbox),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, max_size=places.readers, max_tasks_in_flight_per_actor=1 if alone else None
+        ),
+        num_cpus=1,
+        **tables,
+        **retries,
+    )
+    return pictures.map_batches(
+        Segmenting,
+        fn_constructor_args=(job, mailbox, ray.put(job.plan.model_file.read_bytes()), places.share),
+        compute=ray.data.ActorPoolStrategy(
+            size=places.actors,
+            max_tasks_in_flight_per_actor=in_flight,
+            max_concurrent_calls_per_actor=at_once,
+            enable_true_multi_threading=True,
+        ),
+        num_cpus=places.cpus,
+        num_gpus=places.gpus,
+        **tables,
+        **retries,
+    )
 
 
 def results(data: ray.data.Dataset) -> Iterator[tuple[list[Noted], bool]]:
