@@ -10,22 +10,24 @@ import contextlib
 import hashlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from segcli.inference.plan import Plan
 
 if TYPE_CHECKING:
+    from segcli.inference.decoders import Decoded
     from segcli.inference.manifest import Entry
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 LINES = 100_000
-IMAGES = 160  # of a store
-PHOTOS = 64  # for several workers
+IMAGES = 160
+COMPUTING = 0.25  # seconds that an image takes where workers are compared
 LATENCY = 0.05  # seconds that the store takes for every answer
 
 
@@ -67,33 +69,71 @@ def manifest() -> None:
             print(f", {LINES / (time.process_time() - begun):,.0f} opened")
 
 
+class Waiting:
+    """Work that waits for a network that computes elsewhere, as on a GPU, and gives back a mask."""
+
+    batch_size = 1
+
+    def compute(self, pictures: Iterator[Decoded]) -> Iterator[tuple[Decoded, Any]]:
+        for picture in pictures:
+            time.sleep(COMPUTING)
+            yield picture, picture.pixels
+
+    def encode(self, picture: Decoded, result: Any) -> tuple[dict[str, bytes], dict[str, float]]:
+        from segcli.images import encode_mask
+        from segcli.palettes import CLASS_SETS
+
+        return {"mask": encode_mask(result[..., 0] % 21, CLASS_SETS["voc"].palette())}, {}
+
+
+class WaitingPlan(Plan):
+    """A plan for that."""
+
+    def start(self) -> Any:
+        return Waiting()
+
+
 def workers() -> None:
-    """Images per second of 1, 2 and 4 workers, of both engines and as shards, on all processors allowed.
+    """How the engines share out work: images per second of 1, 2 and 4 workers, each `Waiting`.
 
     From the first mask to the last, so without what it takes to start.
     """
-    from small_model import save_picture
+    import scale  # by its name: workers import it
+    from small_model import save_picture, small_model
 
-    def images_per_second(out: Path, commands: Sequence[Sequence[str]]) -> float:
-        program = [sys.executable, "-m", "segcli", "predict", "in", "--out", out.name, "--workers", "1", "-q"]
-        running = [subprocess.Popen([*program, *command], cwd=out.parent) for command in commands]
-        assert not any(process.wait() for process in running)
-        times = sorted(path.stat().st_mtime for path in out.glob("*.png"))
-        return (len(times) - 1) / (times[-1] - times[0])
+    from segcli.images import SUFFIXES
+    from segcli.inference.cluster import RayCluster, Wishes
+    from segcli.inference.engine import Helpers, Progress, run
+    from segcli.inference.pipeline import Task
+    from segcli.inference.processes import Processes
+    from segcli.inference.sources import parse
+    from segcli.inference.storage import open_storage
 
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    print(f"workers: {1 / COMPUTING:.0f} images/s each; load average {os.getloadavg()[0]:.0f}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for seed in range(PHOTOS):
+        for seed in range(IMAGES):
             save_picture(Path(folder, f"in/{seed:03d}.jpg"), 375, 500, seed)
-        print(f"workers: on {len(os.sched_getaffinity(0))} CPU, load average {os.getloadavg()[0]:.1f}")
-        for count in (1, 2, 4):
-            ways = {
-                "processes": [["--processes", str(count)]],
-                "shards": [["--shard", f"{number + 1}/{count}"] for number in range(count)],
-                "Ray actors": [["--engine", "ray", "--num-actors", str(count), "--cpus-per-actor", "1"]],
-            }
-            for name, commands in ways.items():
-                rate = images_per_second(Path(folder, f"{name} {count}"), commands)
-                print(f"workers: {count} {name}: {rate:.2f} images/s", flush=True)
+        plan = scale.WaitingPlan(small_model(), "cpu", "fp32", ["mask"])
+        for name in ("processes", "Ray actors"):
+            for count in (1, 2, 4):
+                out = Path(folder, f"{name} {count}")
+                task: Task[Any] = Task(
+                    sources=parse([f"{folder}/in"], None, str(out), SUFFIXES),
+                    out=open_storage(str(out)),
+                    kinds=["mask"],
+                    model="waiting",
+                    settings={"weights": ""},
+                    options={},
+                    start=plan.start,
+                )
+                cluster = RayCluster(Wishes(actors=count, cpus_per_actor=1), "cpu")
+                cluster.prepare(plan, "auto", lambda: None)
+                helpers: Helpers = cluster if name == "Ray actors" else Processes(task, [plan.start] * count)
+                run(task, Progress(), helpers)
+                times = sorted(path.stat().st_mtime for path in out.glob("*.png"))
+                rate = (len(times) - 1) / (times[-1] - times[0])
+                print(f"workers: {count} {name}: {rate:.1f} images/s", flush=True)
 
 
 def driver() -> None:

@@ -62,7 +62,7 @@ def test_a_node_is_killed_in_the_middle(many: Path, cluster: Nodes, tmp_path: Pa
     shutil.copytree(many / "in", tmp_path / "in")
     command = (*PREDICT, "-m", small_model(), *ACTORS, "--ray-address", cluster.address)
     process = Process(*command, folder=tmp_path)
-    wait_until(lambda: done_in(tmp_path) > 20 or process.has_ended(), 400)
+    wait_until(lambda: done_in(tmp_path) > 20 or process.has_ended(), 600)
     assert 20 < done_in(tmp_path) < MANY, process.errors
     cluster.do("kill")
     assert process.wait() == 1, process.errors
@@ -101,7 +101,7 @@ def test_stopped_by_the_terminal_and_an_input_that_takes_its_actor_down(many: Pa
     command = (*PREDICT, "-m", small_model(), "--engine", "ray")
     path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
     process = Process(*command, folder=tmp_path, PYTHONPATH=path)
-    wait_until(lambda: done_in(tmp_path) > 5 or process.has_ended(), 400)
+    wait_until(lambda: done_in(tmp_path) > 5 or process.has_ended(), 600)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does
     assert process.wait() == 130, process.errors
     assert "The same command goes on from here." in process.errors
@@ -120,7 +120,7 @@ def test_stopped_by_the_terminal_and_an_input_that_takes_its_actor_down(many: Pa
 def test_killed_and_gone_on_with_by_the_local_engine(many: Path, tmp_path: Path) -> None:
     shutil.copytree(many / "in", tmp_path / "in")
     process = Process(*PREDICT, "-m", small_model(), "--engine", "ray", folder=tmp_path)
-    wait_until(lambda: done_in(tmp_path) > 5 or process.has_ended(), 400)
+    wait_until(lambda: done_in(tmp_path) > 5 or process.has_ended(), 600)
     process.send(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, process.errors
     before = done_in(tmp_path)

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 PORTION = 32  # inputs that go through the cluster together
 WAIT = 1.0  # seconds after which a portion goes that is not full
 STARTS = 3  # tries to start a Ray here: it gives itself 30 s, which a busy machine may take
-TRIES = 3  # that an input gets alone, after its portion was lost
+TRIES = 2  # that an input gets alone, after its portion was lost
 SILENCE = 1800  # seconds without news after which what is under way counts as lost
 SILENCE_AFTER_LOSS = 20  # the same once a machine has been lost: what it held may wait for it for ever
 LOST_AFTER = 60  # seconds without news after which another portion may go in place of the oldest
