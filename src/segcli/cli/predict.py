@@ -335,7 +335,9 @@ def describe_devices(runtime: str, names: list[str]) -> str:
     from segcli.device import describe, pick_runtime
 
     devices = [pick_runtime(runtime, name) for name in names]
-    return describe(devices[0]) if len(devices) == 1 else f"{len(devices)} processes ({', '.join(names)})"
+    if len(devices) == 1:
+        return describe(devices[0])
+    return f"{len(devices)} processes ({', '.join(map(str, devices))})"
 
 
 def batch_size_of(text: str) -> int | None:
