@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from segcli.inference.calibration import Calibration
+    from segcli.inference.cluster import RayCluster
     from segcli.inference.segmentation import Segmenter
     from segcli.inference.shards import Shard
     from segcli.inference.sources import Sources
@@ -92,6 +93,36 @@ Processes = Annotated[
 Calibrate = Annotated[
     int, typer.Option("--calibrate", min=1, help="Inputs on which --precision int8 is calibrated, at most.")
 ]
+Engine = Annotated[
+    str, typer.Option(help="local, or ray: on a Ray cluster, or on one of its own; needs 'segcli[ray]'.")
+]
+RayAddress = Annotated[
+    Optional[str],  # noqa: UP045
+    typer.Option(
+        metavar="auto|URL", help="The Ray cluster: HOST:PORT, or auto: the one that this machine belongs to."
+    ),
+]
+NumActors = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(
+        min=1, metavar="N", help="Ray actors that compute.", show_default="as many as there is room for"
+    ),
+]
+GpusPerActor = Annotated[
+    Optional[float],  # noqa: UP045
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="GPUs that each takes; 0.5 lets two share one.",
+        show_default="1 if there are",
+    ),
+]
+CpusPerActor = Annotated[
+    Optional[int],  # noqa: UP045
+    typer.Option(
+        min=1, metavar="N", help="Processors that each takes.", show_default="1 with a GPU, else up to 4"
+    ),
+]
 Opacity = Annotated[float, typer.Option(min=0, max=1, help="Of the colours in overlays.")]
 
 
@@ -104,6 +135,11 @@ def predict(
     overwrite: Overwrite = False,
     device: Devices = "auto",
     processes: Processes = 1,
+    engine: Engine = "local",
+    ray_address: RayAddress = None,
+    num_actors: NumActors = None,
+    gpus_per_actor: GpusPerActor = None,
+    cpus_per_actor: CpusPerActor = None,
     precision: Precision = "auto",
     runtime: Runtime = "torch",
     calibrate: Calibrate = 24,
@@ -136,7 +172,7 @@ def predict(
     """
     from segcli.files import sha256
     from segcli.images import SUFFIXES
-    from segcli.inference.engine import Progress
+    from segcli.inference.engine import Helpers, Progress
     from segcli.inference.layout import RUN_FOLDER
     from segcli.inference.manifest import kept_precision
     from segcli.inference.pipeline import Task
@@ -155,6 +191,19 @@ def predict(
     variants_of(tta)
     most = memory_of(memory)
     check_tile(tile, runtime)
+    asked = {
+        "--ray-address": ray_address,
+        "--num-actors": num_actors,
+        "--gpus-per-actor": gpus_per_actor,
+        "--cpus-per-actor": cpus_per_actor,
+    }
+    check_engine(engine, processes, [name for name, value in asked.items() if value is not None])
+    cluster: RayCluster | None = None
+    if engine == "ray":
+        from segcli.inference.cluster import RayCluster, Wishes
+
+        wishes = Wishes(ray_address, num_actors, gpus_per_actor, cpus_per_actor, workers or None)
+        cluster = RayCluster(wishes, "cpu" if runtime == "openvino" else device)
     part = parse_shard(shard) if shard else None
     results = open_storage(out, part.record if part else RUN_FOLDER)
     found = parse(sources or [], list_file, out, SUFFIXES)
@@ -168,17 +217,19 @@ def predict(
         kinds.append("geometric")
 
     devices = [device] * processes
-    if device == "cuda:all":
+    if device == "cuda:all" and cluster is None:
         from segcli.device import pick_devices
 
         devices = pick_devices(device) * processes
-    if device not in ("auto", "cpu") or runtime != "torch":
+    if cluster is None and (device not in ("auto", "cpu") or runtime != "torch"):
         from segcli.device import pick_runtime
 
         pick_runtime(runtime, devices[0])  # what cannot be had is an error even when there is nothing to do
     kept = None if overwrite or precision != "auto" else kept_precision(results)
     gpu = device.startswith("cuda")
-    if kept is None:
+    if kept is None and cluster is not None:
+        kept = cluster.precision(precision, runtime)
+    elif kept is None:
         from segcli.device import pick_precision, pick_runtime
 
         picked = pick_runtime(runtime, devices[0])
@@ -213,13 +264,9 @@ def predict(
     )
 
     def announce() -> None:
-        from segcli.device import describe, pick_runtime
-
-        picked = [pick_runtime(runtime, name) for name in devices]
         images = "images" if progress.total is None else f"{progress.total:,} images"
         images = "1 image" if progress.total == 1 else images
-        names = ", ".join(map(str, picked))
-        where = describe(picked[0]) if len(picked) == 1 else f"{len(picked)} processes ({names})"
+        where = str(cluster.places) if cluster else describe_devices(runtime, devices)
         classes = f"{len(info.class_set)} classes"
         computing = f"on {where} in {precision}" + (" by OpenVINO" if runtime == "openvino" else "")
         terminal.say(f"Segmenting {images} with {model_file.stem} ({classes}) {computing}.")
@@ -252,6 +299,7 @@ def predict(
             "save": kinds,
             "device": device,
             "processes": processes,
+            "engine": engine,
             "batch_size": batch_size,
             "workers": workers,
             "tile": tile,
@@ -263,11 +311,13 @@ def predict(
         overwrite=overwrite,
         shard=part,
     )
-    crew = None
-    if len(devices) > 1:
-        plans = [replace(plan, device=name) for name in devices]
-        crew = Crew(task, [one.start for one in plans], announce)
-    seconds = run_and_show(task, progress, terminal, "image", "Segmenting", crew)
+    helpers: Helpers | None = cluster
+    if cluster:
+        cluster.prepare(plan, memory, announce)
+    elif len(devices) > 1:
+        starts = [replace(plan, device=name).start for name in devices]
+        helpers = Crew(task, starts, announce)
+    seconds = run_and_show(task, progress, terminal, "image", "Segmenting", helpers)
     report(task, progress, seconds, terminal, "image")
 
 
@@ -322,6 +372,32 @@ def check_tile(tile: str, runtime: str) -> None:
         raise UsageError(f"--tile {tile!r} is unknown; use auto, on or off")
     if tile == "on" and runtime == "openvino":
         raise UsageError("--tile on needs PyTorch; OpenVINO computes images whole")
+
+
+def check_engine(engine: str, processes: int, of_ray: list[str]) -> None:
+    """Raise UsageError for an `--engine` that is unknown, or options that the other one has.
+
+    Args:
+        engine: Its name.
+        processes: Of `--processes`.
+        of_ray: The options that were given and that only Ray has.
+    """
+    if engine not in ("local", "ray"):
+        raise UsageError(f"--engine {engine!r} is unknown; use local or ray")
+    if engine == "local" and of_ray:
+        raise UsageError(f"{', '.join(of_ray)} {'is' if len(of_ray) == 1 else 'are'} for --engine ray")
+    if engine == "ray" and processes > 1:
+        raise UsageError("--processes is for --engine local; with Ray give --num-actors")
+
+
+def describe_devices(runtime: str, names: list[str]) -> str:
+    """The devices of this machine for people: `cpu (2 threads)`, or `2 processes (cuda:0, cuda:1)`."""
+    from segcli.device import describe, pick_runtime
+
+    devices = [pick_runtime(runtime, name) for name in names]
+    if len(devices) == 1:
+        return describe(devices[0])
+    return f"{len(devices)} processes ({', '.join(map(str, devices))})"
 
 
 def batch_size_of(text: str) -> int | None:

@@ -16,9 +16,8 @@ from segcli.errors import UsageError
 from segcli.inference.layout import MANIFEST_FILE, RUN_FOLDER
 
 if TYPE_CHECKING:
-    from segcli.inference.engine import Progress
+    from segcli.inference.engine import Helpers, Progress
     from segcli.inference.pipeline import Task
-    from segcli.inference.processes import Crew
     from segcli.inference.shards import Shard
     from segcli.inference.sources import Sources
 
@@ -115,7 +114,12 @@ def list_problems(problems: list[tuple[str, str]], total: int, where: str, termi
 
 
 def run_and_show(
-    task: Task[Any], progress: Progress, terminal: Terminal, noun: str, doing: str, crew: Crew | None = None
+    task: Task[Any],
+    progress: Progress,
+    terminal: Terminal,
+    noun: str,
+    doing: str,
+    helpers: Helpers | None = None,
 ) -> float:
     """Run, with a progress bar or a line now and then.
 
@@ -125,7 +129,7 @@ def run_and_show(
         terminal: Where to show it.
         noun: What the inputs are called, such as "image".
         doing: What is done to them, such as "Segmenting".
-        crew: Other processes that compute, see `engine.run`.
+        helpers: Other processes that compute, see `engine.run`.
 
     Returns:
         The seconds that it took.
@@ -141,7 +145,7 @@ def run_and_show(
     for thread in threads:
         thread.start()
     try:
-        run(task, progress, crew)
+        run(task, progress, helpers)
     finally:
         ended.set()
         for thread in threads:

@@ -16,9 +16,9 @@ import contextlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from segcli import __version__
 from segcli.errors import MachineError
@@ -37,8 +37,7 @@ from segcli.inference.manifest import (
     remove_others,
     write_run,
 )
-from segcli.inference.pipeline import Task, Work, failed, work_through
-from segcli.inference.processes import Crew, share_out
+from segcli.inference.pipeline import Note, Task, Work, failed, work_through
 from segcli.inference.shards import Shard, inputs
 from segcli.inference.sources import Input, PassedOver, Sources
 
@@ -66,13 +65,48 @@ class Progress:
         return self.done + self.skipped + self.failed
 
 
-def run(task: Task[R], progress: Progress, crew: Crew | None = None) -> None:
+class Helpers(Protocol):
+    """Other processes that compute: of this machine (`processes.py`) or of a cluster (`cluster.py`)."""
+
+    def work_through(
+        self,
+        task: Task[Any],
+        todo: Ahead[Input],
+        note: Note,
+        ready: Callable[[], None],
+        stop: threading.Event,
+    ) -> bool:
+        """Do all of `todo`, and note it.
+
+        Args:
+            task: What is done.
+            todo: The inputs.
+            note: Gets the entry of every input.
+            ready: Called when the first of them begins.
+            stop: Set by anyone to end early.
+
+        Returns:
+            Whether all of them have lived: one that dies may leave files half written, under temporary names.
+
+        Raises:
+            UsageError: The model or the device cannot be used.
+            MachineError: Nothing can be written, or they do not start.
+        """
+
+    def kill(self) -> None:
+        """End all of them at once."""
+
+    def close(self) -> None:
+        """End all of them, and wait for that."""
+
+
+def run(task: Task[R], progress: Progress, helpers: Helpers | None = None) -> None:
     """Do all that is not done yet, and note it.
 
     Args:
         task: What to do.
         progress: Is kept up to date.
-        crew: Other processes that compute; without them this one does.
+        helpers: Other processes that compute; without them this one does.
 
     Raises:
         UsageError: The folder is in use, or holds results of other settings.
@@ -82,7 +116,7 @@ def run(task: Task[R], progress: Progress, crew: Crew | None = None) -> None:
     decoders = Decoders(
         task.workers, task.reader, stop, remote=task.sources.may_be_remote, memory=task.memory
     )
-    at_once = crew.kill if crew else decoders.kill
+    at_once = helpers.kill if helpers else decoders.kill
     with Interrupts(stop, at_once) as interrupts, open_manifest(task.out, task.shard) as manifest:
         if (len(manifest) or task.shard) and not task.overwrite:
             refuse_other_settings(task.out, task.settings)
@@ -95,7 +129,7 @@ def run(task: Task[R], progress: Progress, crew: Crew | None = None) -> None:
         write_run(task.out, {"state": "running", **about}, record)
         state = "failed"
         try:
-            _process(task, _Book(task, manifest, progress), crew, decoders, interrupts, stop)
+            _process(task, _Book(task, manifest, progress), helpers, decoders, interrupts, stop)
             progress.interrupted = interrupts.number
             state = "interrupted" if progress.interrupted else "finished"
             if state == "finished":
@@ -119,7 +153,7 @@ def count(sources: Sources, progress: Progress, stop: threading.Event, shard: Sh
 def _process(
     task: Task[R],
     book: _Book,
-    crew: Crew | None,
+    helpers: Helpers | None,
     decoders: Decoders,
     interrupts: Interrupts,
     stop: threading.Event,
@@ -138,16 +172,16 @@ def _process(
     try:
         if not todo.wait():
             return  # the model is not even loaded
-        if crew:
-            if not share_out(task, todo, crew, book.note, ready, stop) and task.shard is None:
+        if helpers:
+            if not helpers.work_through(task, todo, book.note, ready, stop) and task.shard is None:
                 task.out.remove_leftovers()  # of a shard they go when it is merged
         else:
             # What an earlier run left is often only what cannot be read.
             work_through(task, todo, decoders, start, book.note, stop, patient=len(book.manifest) > 0)
     finally:
         stop.set()
-        if crew:
-            crew.close()
+        if helpers:
+            helpers.close()
         todo.thread.join(timeout=2)  # one that waits for paths on stdin is left behind
 
 

@@ -90,10 +90,8 @@ def work_through(
         MachineError: Nothing can be written, ...
     """
     decoded = Ahead(decoders.run(items), task.workers + 2, stop)
-    settings = digest(task.settings)
-    errors: list[MachineError] = []
     try:
-        pictures = _readable(decoded, decoders, task, note)
+        pictures = readable(decoded, task, note, decoders.release)
         if patient:
             first = next(pictures, None)
             if first is None:
@@ -101,27 +99,52 @@ def work_through(
             pictures = itertools.chain([first], pictures)
         if stop.is_set():
             return
-        work = start()
-        count = max(task.writers, task.out.at_a_time)
-        slots = threading.Semaphore(2 * count)
-
-        def finish(picture: Decoded, result: R | ImageError) -> None:
-            try:
-                note(picture.item.source, _written(task, work, picture, result, settings))
-            except MachineError as error:
-                errors.append(error)
-                stop.set()
-            finally:
-                decoders.release(picture)
-                slots.release()
-
-        with ThreadPoolExecutor(count) as writers:
-            for picture, result in work.compute(pictures):
-                slots.acquire()
-                writers.submit(finish, picture, result)
+        compute_and_write(task, start(), pictures, note, decoders.release, stop)
     finally:
         stop.set()
         decoded.thread.join(timeout=2)
+
+
+def compute_and_write(
+    task: Task[R],
+    work: Work[R],
+    pictures: Iterator[Decoded],
+    note: Note,
+    release: Callable[[Decoded], None],
+    stop: threading.Event,
+) -> None:
+    """Compute and write what was read, and note each.
+
+    Args:
+        task: What is done.
+        work: Computes.
+        pictures: Were read.
+        note: Gets the entry of every picture.
+        release: Called when the pixels of a picture are no longer used.
+        stop: Set here when the disk is full or the like.
+
+    Raises:
+        MachineError: Nothing can be written, ...
+    """
+    settings = digest(task.settings)
+    errors: list[MachineError] = []
+    count = max(task.writers, task.out.at_a_time)
+    slots = threading.Semaphore(2 * count)
+
+    def finish(picture: Decoded, result: R | ImageError) -> None:
+        try:
+            note(picture.item.source, _written(task, work, picture, result, settings))
+        except MachineError as error:
+            errors.append(error)
+            stop.set()
+        finally:
+            release(picture)
+            slots.release()
+
+    with ThreadPoolExecutor(count) as writers:
+        for picture, result in work.compute(pictures):
+            slots.acquire()
+            writers.submit(finish, picture, result)
     if errors:
         raise errors[0]
 
@@ -139,12 +162,14 @@ def failed(task: Task[Any], source: str, reason: str, picture: Decoded | None = 
     )
 
 
-def _readable(decoded: Iterator[Decoded], decoders: Decoders, task: Task[R], note: Note) -> Iterator[Decoded]:
+def readable(
+    decoded: Iterator[Decoded], task: Task[Any], note: Note, release: Callable[[Decoded], None]
+) -> Iterator[Decoded]:
     """The pictures that could be decoded; the others are noted."""
     for picture in decoded:
         if picture.pixels is None:
             note(picture.item.source, failed(task, picture.item.source, picture.problem, picture))
-            decoders.release(picture)
+            release(picture)
         else:
             yield picture
 

@@ -166,7 +166,7 @@ def _freest(members: Sequence[_Member], suspects: Mapping[str, int]) -> int | No
 
 
 class Processes:
-    """Stations on this machine, see `Crew`.
+    """Stations on this machine, see `Crew` and `engine.Helpers`.
 
     Args:
         task: What is done.
@@ -189,6 +189,16 @@ class Processes:
         self._program = program
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[Connection[Any, Any]] = []
+
+    def work_through(
+        self,
+        task: Task[Any],
+        todo: Ahead[Input],
+        note: Note,
+        ready: Callable[[], None],
+        stop: threading.Event,
+    ) -> bool:
+        return share_out(task, todo, self, note, ready, stop)
 
     def start(self) -> int:
         self._announce()
