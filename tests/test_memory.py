@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from processes import run
 from results import tree
-from small_model import save_picture, small_model
+from small_model import picture, save_picture, small_model
 
 from segcli.errors import UsageError
 from segcli.inference.segmentation import Segmenter
@@ -120,6 +120,23 @@ def test_more_is_needed_for_more() -> None:
     assert needed(("scores",)) - needed() == 4 * 21 * 3000 * 3000  # float16, and once more as a file
     assert needed(tta="flip") > needed() + 4 * 4 * 21 * 3000 * 3000 - 1
     assert needed(tile="on") < needed(tile="off")
+
+
+def test_less_memory_makes_smaller_strips_and_the_same_labels() -> None:
+    model = load_model(small_model())
+    image = picture(900, 1000)
+    results = []
+    for memory in (4 * GIB, 100 * MIB):
+        segmenter = Segmenter(model, torch.device("cpu"), ("mask",), memory=memory)
+        with torch.inference_mode():
+            (scores,) = segmenter.scores([image])
+        assert isinstance(scores, torch.Tensor)
+        results.append((segmenter.finest_scores.count(torch.empty(1, 3, 900, 1000)), scores))
+    (whole, expected), (strips, found) = results
+    assert whole == 1
+    assert strips > 4
+    assert torch.allclose(found, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
+    assert torch.equal(found.argmax(0), expected.argmax(0))
 
 
 # ---- the commands ----

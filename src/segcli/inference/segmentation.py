@@ -31,7 +31,7 @@ from segcli.models.checkpoint import Model
 from segcli.models.fcn import Network
 from segcli.models.prepared import prepare
 from segcli.models.preprocessing import network_size, normalize, to_pixels
-from segcli.models.strips import SMALL, InStrips, Strips
+from segcli.models.strips import SMALL, WORKING, InStrips, Strips
 from segcli.palettes import count_ids
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 GPU_BATCH = 16  # images at a time where nothing else was asked for; halved when memory runs out
 TILE = {"auto": None, "on": 16, "off": 0}  # rows of an image at a time, see `InStrips`
+STRIP_SHARE = 8  # of the memory that a run may take, the part for one strip
 RUNTIME = 640 << 20  # bytes of the process before it has a model: Python, PyTorch, OpenCV
 VARIANTS = 4  # maps of scores of the full size that averaging them takes
 BAND = 1 << 24  # scores of the full size at a time, whatever the size of the image
@@ -97,18 +98,21 @@ class Segmenter:
             self.network = with_openvino(model.network, precision, ranges)
         else:
             self.network = prepare(model.network, device, precision)
+        working = None
+        if memory is not None and device.type == "cpu":
+            working = min(WORKING["cpu"], memory // STRIP_SHARE)
 
         def finest_scores(network: Network, rows: int | None) -> InStrips:
             def function(pixels: Tensor) -> Tensor:
                 return network.score_pyramid(normalize(pixels, self.preprocessing))[-1]
 
-            return InStrips(function, rows)
+            return InStrips(function, rows, working)
 
         rows = 0 if runtime == "openvino" else TILE[tile]
         self.finest_scores = finest_scores(self.network, rows)
         # OpenVINO's operations cannot be traced, but they are those of the network that it was made of.
         self.estimated = finest_scores(model.network, 0) if runtime == "openvino" else self.finest_scores
-        self.all_scores = InStrips(self.network, rows)  # of the full size
+        self.all_scores = InStrips(self.network, rows, working)  # of the full size
         self.variants = None if tta == "none" else TTA[tta]
         only_labels = tta == "none" and not {"confidence", "scores"} & set(kinds)
         # On a GPU the full size costs little, and looking for borders makes it wait for the CPU.

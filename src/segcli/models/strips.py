@@ -217,11 +217,15 @@ class InStrips:
     Args:
         function: Takes an image, (N, 3, H, W), and gives a map, (N, C, h, w).
         rows: Of the image, in a strip; 0 computes all of them at once, None lets the image's size decide.
+        working: Bytes of the largest operation in a strip; None takes what suits the device.
     """
 
-    def __init__(self, function: Callable[[Tensor], Tensor], rows: int | None = None) -> None:
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], rows: int | None = None, working: int | None = None
+    ) -> None:
         self._function = function
         self._rows = rows
+        self._working = working
         self._remembered: dict[tuple[Any, ...], Strips] = {}
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -251,14 +255,18 @@ class InStrips:
             return -(-height // self._rows) if self._rows else 1
         if size * height * width <= SMALL:
             return 1
-        return self.strips(image).count(WORKING[image.device.type])
+        return self.strips(image).count(self.working(image.device))
+
+    def working(self, device: torch.device) -> int:
+        """Bytes of the largest operation's input and output in a strip."""
+        return self._working or WORKING[device.type]
 
     def memory(self, image: Tensor) -> int:
         """The bytes that this takes besides the image and the weights; roughly, rather too many than too few.
 
         Half as much again as the maps, for what the libraries allocate beside them.
         """
-        working = WORKING[image.device.type]
+        working = self.working(image.device)
         if image.shape[0] * image.shape[2] * image.shape[3] <= SMALL:
             return working
         strips = self.strips(image)
