@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections import Counter
@@ -163,10 +164,12 @@ def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:
 
 def test_a_cluster_that_is_not_there(tmp_path: Path) -> None:
     save_picture(tmp_path / "in/a.png")
-    command = ("predict", "in", "-m", small_model(), "--engine", "ray", "--ray-address", "auto")
-    code, errors = run(*command, folder=tmp_path, RAY_TMPDIR=str(tmp_path), TMPDIR=str(tmp_path))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+    command = ("predict", "in", "-m", small_model(), "--engine", "ray", "--ray-address", address)
+    code, errors = run(*command, folder=tmp_path)
     assert code == 3
-    assert errors.startswith("Error: cannot reach the Ray cluster at auto: ")
+    assert errors.startswith(f"Error: cannot reach the Ray cluster at {address}: ")
     assert len(errors.splitlines()) <= 2
 
 

@@ -21,6 +21,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 PORTION = 32  # inputs that go through the cluster together
 WAIT = 1.0  # seconds after which a portion goes that is not full
+PATIENCE = 10  # seconds for the head of a cluster to answer
 STARTS = 3  # tries to start a Ray here: it gives itself 30 s, which a busy machine may take
 TRIES = 2  # that an input gets alone, after its portion was lost
 SILENCE = 1800  # seconds without news after which what is under way counts as lost
@@ -209,6 +211,8 @@ class RayCluster:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         address = self._wishes.address or os.environ.get("RAY_ADDRESS") or "local"
+        if address not in ("local", "auto"):
+            _knock(address)
         import ray
         import ray.data
 
@@ -489,6 +493,15 @@ def _precision(name: str, runtime: str, device: str) -> str | SegcliError:
         return pick_precision(name, pick_runtime(runtime, device))
     except SegcliError as error:
         return error
+
+
+def _knock(address: str) -> None:
+    """Raise MachineError when nobody listens at HOST:PORT. Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=PATIENCE).close()
+    except (OSError, ValueError, OverflowError) as error:
+        raise MachineError(_why_not_connected(address, error)) from error
 
 
 def _why_not_connected(address: str, error: Exception) -> str:
