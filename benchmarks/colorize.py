@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import cv2
@@ -76,6 +76,20 @@ def timed(command: list[str]) -> tuple[float, float]:
     return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
+def take_turns(
+    commands: Mapping[str, list[str]], rounds: int, out: Path
+) -> dict[str, list[tuple[float, float]]]:
+    """What `timed` finds of every command in every round; what they leave in `out` is removed each time."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
+    for number in range(rounds + 1):
+        for name, command in commands.items():
+            found = timed(command)
+            if number:  # the first round compiles
+                times[name].append(found)
+            shutil.rmtree(out, ignore_errors=True)  # not every command leaves something
+    return times
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--masks", type=int, default=1000)
@@ -91,13 +105,7 @@ def main() -> None:
             "imgviz and Pillow": [sys.executable, "-c", PEER, str(masks), str(out)],
             "segcli colorize": [sys.executable, "-m", "segcli", "colorize", str(masks), "-o", str(out), "-q"],
         }
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
-        for number in range(options.rounds + 1):
-            for name, command in commands.items():
-                found = timed(command)
-                if number:  # the first round compiles
-                    times[name].append(found)
-                shutil.rmtree(out)
+        times = take_turns(commands, options.rounds, out)
     first: list[float] = []
     for name, each in times.items():
         medians = [statistics.median(column) for column in zip(*each, strict=True)]

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import shutil
 import statistics
 import sys
 import tempfile
 from pathlib import Path
 
-from colorize import compiled_python, timed
+from colorize import compiled_python, take_turns
 
 from segcli.inference.benchmark import Size, cpus, processor_name, write_photos
 
@@ -38,13 +37,7 @@ def main() -> None:
             "segcli --help": [*segcli, "--help"],
             "first mask": [*segcli, "predict", str(photo), "--out", out, "--quiet"],
         }
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in commands}
-        for number in range(options.rounds + 1):
-            for name, command in commands.items():
-                found = timed(command)
-                if number:  # the first round compiles
-                    times[name].append(found)
-            shutil.rmtree(out)
+        times = take_turns(commands, options.rounds, Path(out))
     medians = {
         name: [statistics.median(column) for column in zip(*times[name], strict=True)] for name in times
     }
