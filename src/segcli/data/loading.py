@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 
 from segcli.data.folders import ClassFolders
 from segcli.data.sets import DataSet, read_label
-from segcli.data.transforms import to_pair
+from segcli.data.transforms import class_mix, to_pair
 from segcli.errors import ImageError, MachineError
 from segcli.images import read_image
 from segcli.models.preprocessing import Preprocessing, resize, resize_labels
@@ -53,15 +53,35 @@ def batches(length: int, batch_size: int, seed: int, epoch: int) -> list[list[Ke
 
 
 class SegmentationSamples(Dataset[Item]):
-    """Pairs of image, uint8 (3, H, W), and labels, uint8 (H, W), by `Key`, or why there is none."""
+    """Pairs of image, uint8 (3, H, W), and labels, uint8 (H, W), by `Key`, or why there is none.
 
-    def __init__(self, dataset: DataSet, transform: v2.Transform, preprocessing: Preprocessing) -> None:
+    Args:
+        dataset: Where they come from.
+        transform: Varies a pair; all results have one size.
+        preprocessing: Says at which size the network sees images.
+        paste: Probability that classes of another sample are pasted over one, as `class_mix` does.
+    """
+
+    def __init__(
+        self, dataset: DataSet, transform: v2.Transform, preprocessing: Preprocessing, paste: float = 0.0
+    ) -> None:
         self.dataset = dataset
         self.transform = transform
         self.preprocessing = preprocessing
+        self.paste = paste
 
     def __getitem__(self, key: Key) -> Item:
         index, seed = key
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            varied = self._varied(index)
+            if isinstance(varied, ImageError) or not self.paste or torch.rand(()) >= self.paste:
+                return varied
+            other = self._varied(int(torch.randint(len(self.dataset.samples), ())))
+            return other if isinstance(other, ImageError) else class_mix(*varied, *other)
+
+    def _varied(self, index: int) -> Item:
+        """A sample after the transform, which draws from torch's global generator."""
         sample = self.dataset.samples[index]
         path = sample.image
         try:
@@ -72,10 +92,8 @@ class SegmentationSamples(Dataset[Item]):
             return ImageError(f"{path}: {error}")
         if label.shape != image.shape[:2]:
             return ImageError(f"{path} is of another size than {sample.image}")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            pair = to_pair(torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label))
-            varied_image, varied_label = self.transform(*pair)
+        pair = to_pair(torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(label))
+        varied_image, varied_label = self.transform(*pair)
         return varied_image.as_subclass(Tensor), varied_label.as_subclass(Tensor)
 
 

@@ -92,3 +92,26 @@ class _EraseImage(v2.RandomErasing):  # type: ignore[misc]  # torchvision is not
 def to_pair(image: torch.Tensor, label: torch.Tensor) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
     """Wrap an image, uint8 (3, H, W), and its label map, uint8 (H, W), so that v2 treats each rightly."""
     return tv_tensors.Image(image), tv_tensors.Mask(label)
+
+
+def class_mix(
+    image: torch.Tensor, label: torch.Tensor, other_image: torch.Tensor, other_label: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Paste half of the other sample's classes, chosen at random, over a sample of the same size.
+
+    ClassMix (Olsson, Tranheden, Pinto & Svensson, WACV 2021, Section 3.1), between labelled samples.
+
+    Args:
+        image: uint8 (3, H, W).
+        label: uint8 (H, W); 255 is never pasted.
+        other_image: As image.
+        other_label: As label.
+
+    Returns:
+        Image and label. Of an odd number of classes, the larger half is pasted.
+    """
+    classes = torch.unique(other_label)
+    classes = classes[classes != IGNORE]
+    chosen = classes[torch.randperm(len(classes))[: (len(classes) + 1) // 2]]
+    pasted = torch.isin(other_label, chosen)
+    return torch.where(pasted, other_image, image), torch.where(pasted, other_label, label)

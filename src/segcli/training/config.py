@@ -46,6 +46,9 @@ class TrainConfig:
     rotation: float = option(0.0, "Largest rotation, in degrees.")
     blur: float = option(0.0, "Probability of a Gaussian blur.")
     erase: float = option(0.0, "Probability that a rectangle of the image is painted over.")
+    paste: float = option(
+        0.0, "Probability that half the classes of another sample are pasted over one (ClassMix)."
+    )
     shorter_side: int = option(
         0, "Images are resized to this shorter side, now and in predict; 0: as they are."
     )

@@ -117,7 +117,10 @@ def segmentation_task(config: TrainConfig, device: torch.device, watch: Watch) -
             start.network, start.preprocessing, config.precision, config, weights
         ),
         samples=SegmentationSamples(
-            train_set, training_transform(augmentation(config), GREY), start.preprocessing
+            train_set,
+            training_transform(augmentation(config), GREY),
+            start.preprocessing,
+            config.paste,
         ),
         about=describe_segmentation(config, start, sets, weights),
         names=[sample.name for sample in train_set.samples],
