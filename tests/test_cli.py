@@ -57,6 +57,18 @@ print([name for name in ("torchvision", "torch._dynamo") if name in sys.modules]
     assert done.stdout == "[]\n"
 
 
+def test_ctrl_c_is_answered() -> None:
+    script = """
+import os, signal
+import segcli.cli.models
+from segcli.cli import main
+segcli.cli.models.Terminal = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
+main(["models", "list"])
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "Interrupted.\n")
+
+
 def test_version() -> None:
     assert segcli("--version").stdout == f"segcli {__version__}\n"
 

@@ -460,6 +460,25 @@ def test_10_signal_while_the_model_is_loaded(twelve: Path, tmp_path: Path, numbe
         assert tree(tmp_path / "masks") == tree(twelve / "masks")
 
 
+# In a process of segcli: Ctrl-C when everything is done, and is about to be told.
+SIGNAL_AT_THE_END = """
+import os, signal
+from segcli.cli import runs
+def report(*arguments):
+    os.kill(os.getpid(), signal.SIGINT)
+runs.report = report
+"""
+
+
+def test_10_signal_when_all_is_done(twelve: Path, tmp_path: Path) -> None:
+    with Row("10 a signal when all is done"):
+        copy_of(twelve, tmp_path)
+        code, errors = predict(tmp_path, before=SIGNAL_AT_THE_END)
+        assert code == 130
+        assert errors.splitlines()[-1] == "Interrupted. The same command goes on from here."
+        assert tree(tmp_path / "masks") == tree(twelve / "masks")
+
+
 @pytest.mark.parametrize(("numbers", "workers"), SIGNALS if FULL else SIGNALS[::4])
 def test_10_signals(twelve: Path, tmp_path: Path, numbers: str, workers: int) -> None:
     copy_of(twelve, tmp_path)

@@ -5,6 +5,7 @@
     │   └── CheckpointError 2  a model file is damaged, foreign or does not fit
     ├── ImageError         1  one input cannot be read; it is reported and the run goes on
     └── MachineError       3  disk full, no permission, no memory, download failed
+    Interrupted          130  Ctrl-C where nothing else was to be done about it
 
 Messages are one or two lines: what (file or option), why, and how to fix it.
 They are turned into text and an exit code once, in `segcli.cli.main`.
@@ -39,3 +40,9 @@ class MachineError(SegcliError):
     """The machine, not the user: disk full, no permission, no memory, no network."""
 
     exit_code = 3
+
+
+class Interrupted(BaseException):
+    """Ctrl-C, in place of a KeyboardInterrupt, which typer would turn into an exit without a word."""
+
+    exit_code = 130

@@ -20,7 +20,7 @@ from segcli.cli.models import app as models_app
 from segcli.cli.predict import predict
 from segcli.cli.runs import app as runs_app
 from segcli.cli.train import train
-from segcli.errors import SegcliError
+from segcli.errors import Interrupted, SegcliError
 
 app = typer.Typer(
     name="segcli",
@@ -64,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> Any:
     arguments = list(sys.argv[1:] if argv is None else argv)
     verbose = "--verbose" in arguments or "-v" in arguments
     try:
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, _interrupt)
         app(arguments, prog_name="segcli")
     except SegcliError as error:
         if verbose:
@@ -73,11 +75,15 @@ def main(argv: Sequence[str] | None = None) -> Any:
         if verbose:
             raise
         _stop("Error: out of memory. Close other programs, or try a smaller --batch-size or --size.", 3)
-    except KeyboardInterrupt:
-        _stop("Interrupted.", 128 + signal.SIGINT)
+    except Interrupted as error:
+        _stop(f"Interrupted. {error}".strip(), error.exit_code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains while exiting
         sys.exit(128 + signal.SIGPIPE)
+
+
+def _interrupt(*_: Any) -> None:
+    raise Interrupted
 
 
 def _stop(message: str, code: int) -> None:

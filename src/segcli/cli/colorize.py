@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from segcli.cli.options import Json, Quiet, Verbose
-from segcli.cli.runs import Overwrite, Workers, default_workers, refuse_empty, report, run_and_show
+from segcli.cli.runs import Overwrite, Workers, default_workers, refuse_empty, run_and_report
 from segcli.cli.terminal import Terminal
 from segcli.errors import UsageError
 
@@ -124,8 +124,7 @@ def colorize(
         writers=WRITERS,
         overwrite=overwrite,
     )
-    seconds = run_and_show(task, progress, terminal, "mask", "Colouring")
-    report(task, progress, seconds, terminal, "mask")
+    run_and_report(task, progress, terminal, "mask", "Colouring")
 
 
 def refuse_with_ids(classes: ClassSet | None, images: Path | None, legend: bool, boundaries: bool) -> None:

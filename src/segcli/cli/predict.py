@@ -26,8 +26,7 @@ from segcli.cli.runs import (
     default_workers,
     list_inputs,
     refuse_empty,
-    report,
-    run_and_show,
+    run_and_report,
 )
 from segcli.cli.terminal import Terminal
 from segcli.errors import UsageError
@@ -317,8 +316,7 @@ def predict(
     elif len(devices) > 1:
         starts = [replace(plan, device=name).start for name in devices]
         helpers = Crew(task, starts, announce)
-    seconds = run_and_show(task, progress, terminal, "image", "Segmenting", helpers)
-    report(task, progress, seconds, terminal, "image")
+    run_and_report(task, progress, terminal, "image", "Segmenting", helpers)
 
 
 def calibration_for(

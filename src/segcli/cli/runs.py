@@ -12,7 +12,7 @@ import typer
 
 from segcli.cli.options import Json, Quiet
 from segcli.cli.terminal import Terminal, printable
-from segcli.errors import UsageError
+from segcli.errors import Interrupted, UsageError
 from segcli.inference.layout import MANIFEST_FILE, RUN_FOLDER
 
 if TYPE_CHECKING:
@@ -113,15 +113,15 @@ def list_problems(problems: list[tuple[str, str]], total: int, where: str, termi
         terminal.warn(f"  and {total - len(problems):,} more{where}")
 
 
-def run_and_show(
+def run_and_report(
     task: Task[Any],
     progress: Progress,
     terminal: Terminal,
     noun: str,
     doing: str,
     helpers: Helpers | None = None,
-) -> float:
-    """Run, with a progress bar or a line now and then.
+) -> None:
+    """Run, with a progress bar or a line now and then; say what became of the files, and exit accordingly.
 
     Args:
         task: What to do.
@@ -130,10 +130,23 @@ def run_and_show(
         noun: What the inputs are called, such as "image".
         doing: What is done to them, such as "Segmenting".
         helpers: Other processes that compute, see `engine.run`.
-
-    Returns:
-        The seconds that it took.
     """
+    try:
+        seconds = run_and_show(task, progress, terminal, noun, doing, helpers)
+        report(task, progress, seconds, terminal, noun)
+    except Interrupted:  # just before the run took over, or just after it
+        raise Interrupted("The same command goes on from here.") from None
+
+
+def run_and_show(
+    task: Task[Any],
+    progress: Progress,
+    terminal: Terminal,
+    noun: str,
+    doing: str,
+    helpers: Helpers | None,
+) -> float:
+    """The run itself; returns the seconds that it took."""
     from segcli.inference.engine import count, run
 
     begun = time.monotonic()
