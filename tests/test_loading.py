@@ -17,7 +17,7 @@ from training_runs import REGISTER_TINY, TINY, assert_same_result, make_shapes
 
 from segcli.data.loading import Dismissal, SegmentationSamples, batches, loader
 from segcli.data.sets import open_data
-from segcli.data.transforms import Augmentation, training_transform
+from segcli.data.transforms import Augmentation, class_mix, training_transform
 from segcli.errors import ImageError, MachineError
 from segcli.models.preprocessing import Preprocessing
 
@@ -64,6 +64,40 @@ def test_a_damaged_file_is_named_in_one_line(shapes: Path, workers: int) -> None
     Image.new("RGB", (64, 60)).save(image)
     with pytest.raises(ImageError, match=r"masks/5\.png is of another size than .*images/5\.png"):
         list(loader(samples(shapes), batches(8, 4, 0, 0), workers, pin=False))
+
+
+def test_class_mix_pastes_half_of_the_classes_and_never_the_ignored_pixels() -> None:
+    label = torch.full((2, 3), 9, dtype=torch.uint8)
+    other = torch.tensor([[1, 1, 2], [2, 255, 3]], dtype=torch.uint8)
+    image, other_image = torch.zeros(3, 2, 3, dtype=torch.uint8), torch.full((3, 2, 3), 50, dtype=torch.uint8)
+    seen = set()
+    for seed in range(30):
+        torch.manual_seed(seed)
+        mixed_image, mixed = class_mix(image, label, other_image, other)
+        pasted = mixed != 9
+        assert torch.equal(mixed[pasted], other[pasted])
+        assert torch.equal(mixed_image, torch.where(pasted, other_image, image))
+        assert mixed[1, 1] == 9
+        chosen = set(mixed[pasted].tolist())
+        assert len(chosen) == 2  # the larger half of three classes
+        assert torch.equal(pasted, torch.isin(other, torch.tensor(sorted(chosen))))
+        seen.add(frozenset(chosen))
+    assert seen == {frozenset({1, 2}), frozenset({1, 3}), frozenset({2, 3})}
+
+
+def test_samples_are_mixed_as_often_as_asked_for_and_alike_for_a_seed(shapes: Path) -> None:
+    plain, mixed = samples(shapes), samples(shapes)
+    mixed.paste = 0.5
+    keys = [(index, seed) for index in range(8) for seed in range(20)]
+    changed = 0
+    for key in keys:
+        before, after, again = plain[key], mixed[key], mixed[key]
+        assert not isinstance(before, ImageError)
+        assert not isinstance(after, ImageError)
+        assert not isinstance(again, ImageError)
+        assert torch.equal(after[0], again[0])
+        changed += not torch.equal(before[0], after[0])
+    assert 50 < changed < 110  # of 160, half; 5 standard deviations of 6.3 are 32
 
 
 def test_a_loading_process_that_dies_is_said(shapes: Path) -> None:
