@@ -54,7 +54,7 @@ def speed(model: str, images: int, rounds: int) -> None:
     for each in found:
         (size,), folder = each["sizes"], each["folder"]
         stages = {name: timing["median"] for name, timing in size["stages_ms"].items()}
-        network = 1e3 / (stages["network"] + stages["labels"])
+        network = size["images_per_second"]
         files = 1e3 / (stages["decode"] + stages["encode"])
         rows.append((folder["images_per_second"], network, files))
     folder_rate, network, files = (statistics.median(column) for column in zip(*rows, strict=True))

@@ -277,7 +277,7 @@ def computed(
     """Labels, or the reason why there are none, by source."""
     segmenter = Segmenter(model_of(network), torch.device("cpu"), ["mask"], batch)
     assert segmenter.batch_size == 1  # on the CPU, whatever was asked for
-    segmenter.batch_size, segmenter.ahead = batch, ahead  # as on a GPU
+    segmenter.batch_size, segmenter.ahead, segmenter.side_by_side = batch, ahead, 0  # as on a GPU
     return {
         done.item.source: str(result) if isinstance(result, ImageError) else result.labels.tobytes()
         for done, result in segmenter.compute(iter(pictures_of(sizes)))
@@ -326,7 +326,7 @@ def test_an_image_that_the_network_refuses_fails_alone() -> None:
 
 def test_large_images_are_computed_alone_and_at_once() -> None:
     segmenter = Segmenter(model_of(Windows()), torch.device("cpu"), ["mask"])
-    segmenter.batch_size = 8
+    segmenter.batch_size, segmenter.side_by_side = 8, 0
     pictures = pictures_of([(20, 30)] * 3)
     pictures[1].room = LARGE + 1
     assert [p.item.source for p, _ in segmenter.compute(iter(pictures))] == ["1.png", "0.png", "2.png"]
@@ -335,7 +335,7 @@ def test_large_images_are_computed_alone_and_at_once() -> None:
 def test_a_gpu_is_given_work_before_the_next_picture_is_waited_for() -> None:
     network = Windows()
     segmenter = Segmenter(model_of(network), torch.device("cpu"), ["mask"])
-    segmenter.ahead = True
+    segmenter.ahead, segmenter.side_by_side = True, 0
     pictures = pictures_of([(20, 30)] * 4)
     pictures[2].room = LARGE + 1
     asked: list[int] = []  # how often the network had been called when a picture was asked for
@@ -351,6 +351,47 @@ def test_a_gpu_is_given_work_before_the_next_picture_is_waited_for() -> None:
     assert asked == [0, 1, 2, 3]
     # Each is handed out once the one after it was read, but for the large one, whose room the next may need.
     assert handed_out == [("0.png", 2), ("1.png", 3), ("2.png", 3), ("3.png", 4)]
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 5])
+def test_images_side_by_side_come_in_order_and_change_nothing(lanes: int) -> None:
+    sizes = [*SIZES, (600, 500), (600, 500), *SIZES]  # 300,000 pixels are too many for one thread
+    segmenter = Segmenter(model_of(Windows()), torch.device("cpu"), ["mask"])
+    segmenter.side_by_side = lanes
+    found = list(segmenter.compute(iter(pictures_of(sizes))))
+    assert [done.item.source for done, _ in found] == [f"{number}.png" for number in range(len(sizes))]
+    one_by_one = computed(Windows(), sizes, 1)
+    assert {done.item.source: result.labels.tobytes() for done, result in found} == one_by_one
+
+
+def test_side_by_side_what_holds_room_goes_on_before_the_next_is_read() -> None:
+    segmenter = Segmenter(model_of(Windows()), torch.device("cpu"), ["mask"])
+    segmenter.side_by_side = 4
+    pictures = pictures_of([(20, 30)] * 5)
+    released = threading.Event()
+
+    def coming() -> Iterator[Decoded]:
+        pictures[2].room = LARGE + 1
+        yield from pictures[:3]
+        assert released.wait(60)  # as decoders do, when there is no more room
+        yield from pictures[3:]
+
+    for done, _ in segmenter.compute(coming()):
+        if done.room:
+            released.set()
+    assert released.is_set()
+
+
+def test_an_image_that_fails_side_by_side_fails_alone() -> None:
+    class Picky(Windows):
+        def score_pyramid(self, images: Tensor) -> list[Tensor]:
+            if images.shape[2] == 30:
+                raise RuntimeError("I do not like it")
+            return super().score_pyramid(images)
+
+    segmenter = Segmenter(model_of(Picky()), torch.device("cpu"), ["mask"])
+    found = [result for _, result in segmenter.compute(iter(pictures_of(SIZES)))]
+    assert [isinstance(result, ImageError) for result in found] == [size == (30, 20) for size in SIZES]
 
 
 def test_a_picture_that_cannot_be_prepared_is_told_in_its_turn(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,3 +119,19 @@ def test_devices_by_name() -> None:
     assert pick_devices("cpu") == ["cpu"]
     with pytest.raises(UsageError, match="cuda"):
         pick_devices("tpu:all")
+
+
+def test_small_images_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
+    # At this size oneDNN splits sums among threads: computed by several, the scores do differ.
+    for number in range(2):
+        save_picture(tmp_path / f"in/{number}.png", 240, 320, number)
+    for threads in (1, 2):
+        out = tmp_path / f"masks-{threads}"
+        code, errors = run(
+            *("predict", "in", "-o", out, "--save", "mask,scores", "--precision", "fp32"),
+            folder=tmp_path,
+            before=f"import torch; torch.set_num_threads({threads})",
+        )
+        assert code == 0, errors
+        assert f"cpu ({threads} threads)" in errors
+    assert tree(tmp_path / "masks-1") == tree(tmp_path / "masks-2")

@@ -149,10 +149,11 @@ def document(speed: Speed, rates: dict[str, float], precision: str, batch_size: 
         "network_sees": str(speed.seen),
         "latency_ms": dataclasses.asdict(speed.whole),
         "latency_images": batch_size,
-        "network_images_per_second": round(speed.images_per_second, 3),
+        "images_per_second": round(speed.images_per_second, 3),
         "multiplications": speed.multiplications,
         "network_gflops": round(speed.operations_per_second / GIGA, 2),
         "share_of_matrix_rate": round(speed.operations_per_second / rate, 4) if rate else None,
+        "stream_ms": dataclasses.asdict(speed.stream),
         "stages_ms": {name: dataclasses.asdict(timing) for name, timing in speed.stages.items()},
     }
 
@@ -164,7 +165,7 @@ def folder_document(whole: FolderSpeed, speeds: list[Speed]) -> dict[str, Any]:
         "images": whole.images,
         "seconds": round(whole.seconds, 3),
         "images_per_second": round(whole.images_per_second, 3),
-        "of_network_alone": round(whole.images_per_second / alone, 3),
+        "of_network_and_labels": round(whole.images_per_second / alone, 3),
     }
 
 
@@ -185,7 +186,7 @@ def show(content: dict[str, Any], terminal: Terminal) -> None:
                 size["network_sees"],
                 milliseconds(size["latency_ms"]["median"]),
                 milliseconds(size["latency_ms"]["p90"]),
-                f"{size['network_images_per_second']:.2f}",
+                f"{size['images_per_second']:.2f}",
                 f"{size['multiplications'] / GIGA:.2f}",
                 "-" if share is None else f"{share:.0%}",
             ]
@@ -194,7 +195,7 @@ def show(content: dict[str, Any], terminal: Terminal) -> None:
     terminal.table(columns, rows, f"From pixels to label map, {at_a_time} at a time")
     rates = ", ".join(f"{rate:,.0f} in {name}" for name, rate in content["matrix_gflops"].items())
     terminal.say(
-        "images/s: of the network alone. 10^9 mult.: its multiplications per image.\n"
+        "images/s: where many wait. 10^9 mult.: the network's multiplications per image.\n"
         "of peak: its share of what products of large matrices reach on this machine,\n"
         f"in 10^9 operations per second: {rates}.\n"
     )
@@ -207,9 +208,9 @@ def show(content: dict[str, Any], terminal: Terminal) -> None:
     terminal.table(["Image", *names], rows, "Where the time of one image goes, ms")
     if folder := content["folder"]:
         terminal.say(
-            f"A folder of {folder['images']:,} photographs, with masks and overlays: "
+            f"A folder of photographs, with masks and overlays: "
             f"{folder['images_per_second']:.2f} images/s,\n"
-            f"{folder['of_network_alone']:.0%} of the network alone."
+            f"{folder['of_network_and_labels']:.0%} of network and labels alone."
         )
     memory = content["peak_memory_bytes"]
     gpu = f", {memory['cuda'] / 2**20:,.0f} MiB on the GPU" if "cuda" in memory else ""

@@ -62,12 +62,13 @@ class Size(NamedTuple):
 
 @dataclass(frozen=True)
 class Speed:
-    """How fast images of one size are, one batch at a time.
+    """How fast images of one size are.
 
     Attributes:
         size: As displayed.
         seen: At which the network sees it.
-        whole: From pixels in memory to label maps, per batch.
+        whole: From pixels in memory to label maps, per batch, with nothing else to do: the latency.
+        stream: The same per image, where many wait.
         stages: Per image, by `STAGES`; "network" includes the preparation of its input.
         multiplications: Of the network, per image.
     """
@@ -75,25 +76,26 @@ class Speed:
     size: Size
     seen: Size
     whole: Timing
+    stream: Timing
     stages: Mapping[str, Timing]
     multiplications: int
 
     @property
     def images_per_second(self) -> float:
-        """Of the network alone."""
-        return 1e3 / self.stages["network"].median
+        """From pixels in memory to label maps, where many wait."""
+        return 1e3 / self.stream.median
 
     @property
     def operations_per_second(self) -> float:
         """Of the network: every multiplication comes with an addition."""
-        return 2 * self.multiplications * self.images_per_second
+        return 2 * self.multiplications * 1e3 / self.stages["network"].median
 
 
 @dataclass(frozen=True)
 class FolderSpeed:
-    """How fast `segcli predict` goes through a folder, from the moment when the network is ready."""
+    """How fast `segcli predict` goes through a folder, from the first result to the last."""
 
-    images: int
+    images: int  # after the first
     seconds: float
     interrupted: int  # the signal that ended it, 0 for none
 
@@ -122,6 +124,10 @@ def interleaved(
                 spent = time.perf_counter() - start, time.process_time() - used
                 times[name].append((spent[0] * 1e3, spent[1] * 1e3))
     return {name: _timing(found) for name, found in times.items()}
+
+
+def _per_image(timing: Timing, images: int) -> Timing:
+    return Timing(timing.median / images, timing.p90 / images, timing.processor / images)
 
 
 def _timing(found: Sequence[tuple[float, float]]) -> Timing:
@@ -214,20 +220,21 @@ def speeds(
     for size in sizes:
         height, width = network_size(size.height, size.width, segmenter.preprocessing)
         stages = {name: timings[f"{size} {name}"] for name in STAGES}
-        batch = segmenter.batch_size
-        per_image = {
-            name: Timing(*(value / batch for value in (timing.median, timing.p90, timing.processor)))
-            if name in ("network", "labels")
-            else timing
-            for name, timing in stages.items()
-        }
-        whole = timings[f"{size} whole"]
-        found.append(Speed(size, Size(width, height), whole, per_image, counts[size]))
+        for name in ("network", "labels"):
+            stages[name] = _per_image(stages[name], segmenter.batch_size)
+        stream = _per_image(timings[f"{size} stream"], _waiting(segmenter))
+        seen = Size(width, height)
+        found.append(Speed(size, seen, timings[f"{size} whole"], stream, stages, counts[size]))
     return found
 
 
+def _waiting(segmenter: Segmenter) -> int:
+    """How many images a stream is timed with."""
+    return 4 * max(segmenter.batch_size, segmenter.side_by_side)
+
+
 def _jobs(segmenter: Segmenter, picture: Decoded, path: Path) -> dict[str, Callable[[], object]]:
-    """The stages of one batch of a picture, and all of them that take pixels to label maps."""
+    """The stages of one batch of a picture, and what takes pixels to label maps: of a batch, and of many."""
     batch = [picture] * segmenter.batch_size
     assert picture.pixels is not None
     pixels = [picture.pixels] * segmenter.batch_size
@@ -246,12 +253,17 @@ def _jobs(segmenter: Segmenter, picture: Decoded, path: Path) -> dict[str, Calla
             for _ in batch:
                 segmenter.result(picture, scores)
 
+    def whole() -> None:
+        network()
+        labels()
+
     return {
         "decode": lambda: read_image(path),
         "network": network,
         "labels": labels,
         "encode": lambda: segmenter.encode(picture, result),
-        "whole": lambda: list(segmenter.compute(iter(batch))),
+        "whole": whole,
+        "stream": lambda: list(segmenter.compute(iter([picture] * _waiting(segmenter)))),
     }
 
 
@@ -274,10 +286,10 @@ def folder_speed(
         workers=workers,
     )
     run(task, progress)
-    seconds = time.monotonic() - progress.computing_since
+    seconds = time.monotonic() - progress.first_done
     if progress.failed and not progress.interrupted:
         raise MachineError(f"{progress.failed} of {images} photographs failed: {progress.failures[0][1]}")
-    return FolderSpeed(progress.done, seconds, progress.interrupted)
+    return FolderSpeed(progress.done - 1, seconds, progress.interrupted)
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

@@ -252,7 +252,7 @@ class InTurn:
     def __init__(self, work: Work[Any]) -> None:
         self._work = work
         self._turn = threading.Lock()
-        self.batch_size = work.batch_size
+        self.held = work.held
         self.encode = work.encode
 
     def compute(self, pictures: Iterator[Decoded]) -> Iterator[tuple[Decoded, Any]]:

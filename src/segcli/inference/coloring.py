@@ -38,7 +38,7 @@ class Colorizer:
         photos: The photographs of the maps, for overlays.
     """
 
-    batch_size = 1
+    held = 1
 
     def __init__(self, classes: ClassSet | None, legend: bool, lines: bool, photos: Photos | None) -> None:
         self.classes = classes
@@ -83,7 +83,7 @@ class Decolorizer:
         classes: Says which colour is which class. Other colours are errors, never guessed.
     """
 
-    batch_size = 1
+    held = 1
 
     def __init__(self, classes: ClassSet) -> None:
         self.classes = classes

@@ -58,6 +58,7 @@ class Progress:
     failures: list[tuple[str, str]] = field(default_factory=list)  # the first few: source, reason
     passed_over: PassedOver = field(default_factory=PassedOver)
     computing_since: float = 0  # time.monotonic() when the network was ready, 0 before
+    first_done: float = 0  # time.monotonic() of the first result, 0 before
     interrupted: int = 0  # the signal that ended the run
 
     @property
@@ -234,6 +235,7 @@ class _Book:
                     progress.failures.append((source, entry.reason or ""))
             else:
                 progress.done += entry.status == "done"
+                progress.first_done = progress.first_done or time.monotonic()
                 progress.skipped += entry.status == "skipped"
                 for name, share in entry.classes.items():
                     progress.pixels[name] += round(share * (entry.width or 0) * (entry.height or 0))

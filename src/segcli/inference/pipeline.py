@@ -38,7 +38,7 @@ OWN_FAULTS = {errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, err
 class Work(Protocol[R]):
     """What a command does with the files that were read."""
 
-    batch_size: int  # pictures that it computes together, and waits for
+    held: int  # pictures that keep it busy
 
     def compute(self, pictures: Iterator[Decoded]) -> Iterator[tuple[Decoded, R | ImageError]]:
         """In one thread: every picture with its result, or with the reason why there is none."""

@@ -1,16 +1,21 @@
 """From an image to its label map: tensor, network, scores, classes.
 
 On the CPU every image is computed alone, so its result cannot depend on its neighbours, not even in the
-last bit. On a GPU images of one size are computed together; convolutions of different batch sizes may then
-differ in the last bits of the scores, and a pixel at the border between two classes may fall to the other.
+last bit. Small images are computed side by side, a thread each: threads that share a small image wait for
+each other at every layer, and for those that decode and encode. On a GPU images of one size are computed
+together; convolutions of different batch sizes may then differ in the last bits of the scores, and a pixel at
+the border between two classes may fall to the other.
 """
 
 from __future__ import annotations
 
 import math
 import os
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from segcli.errors import ImageError
+from segcli.inference.ahead import LOOK, Ahead
 from segcli.inference.cells import labels_from_coarse, lattice_of
 from segcli.inference.decoders import PICTURE, Decoded
 from segcli.inference.products import encode_products
@@ -125,16 +131,86 @@ class Segmenter:
         if shorter_side is not None:
             self.preprocessing = replace(self.preprocessing, shorter_side=shorter_side)
         self.batch_size = 1 if device.type == "cpu" else batch_size or GPU_BATCH
+        self.weights: int = sum(each.nbytes for each in model.network.state_dict().values())
+        self.memory = memory
+        self.threads = torch.get_num_threads()
+        self.side_by_side = 0  # small images at a time, a thread each; 0 where that does not help
+        if device.type == "cpu" and runtime == "torch":
+            self.side_by_side = self._affordable(self.threads, working or WORKING["cpu"])
+        # A batch is computed when it is full, or when so many wait that one of several sizes has to go.
+        self.held = 5 * self.batch_size if self.batch_size > 1 else 2 * self.side_by_side + 1
         # A GPU computes on its own. Meanwhile the next batch is read, and copied in a stream of its own.
         self.ahead = device.type == "cuda"
         self.copies = torch.cuda.Stream(device) if self.ahead else None  # type: ignore[no-untyped-call]
         self.kinds = kinds
         self.opacity = opacity
-        self.memory = memory
-        self.weights: int = sum(each.nbytes for each in model.network.state_dict().values())
 
     def compute(self, pictures: Iterator[Decoded]) -> Iterator[tuple[Decoded, Segmentation | ImageError]]:
         """Every picture with its segmentation, or with the reason why there is none."""
+        return self._compute_side_by_side(pictures) if self.side_by_side else self._compute_batches(pictures)
+
+    def _compute_side_by_side(
+        self, pictures: Iterator[Decoded]
+    ) -> Iterator[tuple[Decoded, Segmentation | ImageError]]:
+        """Small images in threads of their own; each of the others by all threads, after those before it."""
+        torch.set_num_threads(self.threads)
+        ended = threading.Event()
+        upcoming = Ahead(pictures, 1, ended)
+        running: deque[tuple[Decoded, Future[Segmentation | ImageError]]] = deque()
+        lanes = ThreadPoolExecutor(
+            self.side_by_side, "network", initializer=torch.set_num_threads, initargs=(1,)
+        )
+        try:
+            more = True
+            while more or running:
+                picture = None
+                if more and len(running) <= 2 * self.side_by_side:
+                    try:
+                        picture = upcoming.poll(LOOK)
+                    except StopIteration:
+                        more = False
+                most = 2 * self.side_by_side if more else 0
+                if picture is not None and self._is_small(picture):
+                    running.append((picture, lanes.submit(self._compute_one, picture)))
+                    picture = None
+                elif picture is not None:
+                    most = 0
+                # What holds room in memory goes on first: the next picture may be waiting for that room.
+                if running and running[-1][0].room:
+                    most = 0
+                while running and (len(running) > most or running[0][1].done()):
+                    done, future = running.popleft()
+                    yield done, future.result()
+                if picture is not None:
+                    yield picture, self._compute_one(picture)
+        finally:
+            ended.set()
+            lanes.shutdown(cancel_futures=True)
+            torch.set_num_threads(self.threads)
+
+    def _compute_one(self, picture: Decoded) -> Segmentation | ImageError:
+        start = time.perf_counter()
+        with torch.inference_mode():
+            (scores,) = self._affordable_scores([_pixels(picture)], None)
+            result = self.result(picture, scores)
+        picture.milliseconds += (time.perf_counter() - start) * 1e3
+        return result
+
+    def _is_small(self, picture: Decoded) -> bool:
+        """Whether one thread computes it. That depends on nothing but its size."""
+        largest = max(self.variants.scales) if self.variants else 1
+        return math.prod(self._seen(picture)) * largest**2 <= SMALL
+
+    def _affordable(self, count: int, each: int) -> int:
+        """How many of `count` things of `each` bytes fit in memory, beside the network; one at least."""
+        if self.memory is None:
+            return count
+        return max(1, min(count, (self.memory - RUNTIME - 2 * self.weights) // each))
+
+    def _compute_batches(
+        self, pictures: Iterator[Decoded]
+    ) -> Iterator[tuple[Decoded, Segmentation | ImageError]]:
+        """Images of one size together."""
         batches = self._batches(pictures)
         batch, uploaded = next(batches, None), None
         while batch is not None:

@@ -74,9 +74,7 @@ class Station:
 
     def _start(self) -> Work[Any]:
         work = self._prepare()
-        # A batch is computed when it is full, or when so many wait that one of several sizes has to go.
-        held = 5 * work.batch_size if work.batch_size > 1 else 1
-        self._tell(("ready", held + self._task.workers + 2))
+        self._tell(("ready", work.held + self._task.workers + 2))
         return work
 
     def _note(self, source: str, entry: Entry) -> None:

@@ -21,6 +21,7 @@ of so few pixels. See docs/performance.md.
 from __future__ import annotations
 
 import math
+import threading
 from typing import NamedTuple
 
 import torch
@@ -191,6 +192,7 @@ class WindowedVGG16(Network):
         self.network = network
         self.eval()
         self._remembered: dict[tuple[object, ...], dict[int, Tensor]] = {}
+        self._remembering = threading.Lock()  # several images may be computed at a time
         first = self._convolution("conv1_1")
         constant = first.weight.new_zeros(first.in_channels)
         for stage in STAGES:
@@ -262,12 +264,12 @@ class WindowedVGG16(Network):
         small_height, small_width = smallest_alike(height), smallest_alike(width)
         constant = -self.get_buffer("conv1_1_floor")  # (C, 1, 1)
         key = (small_height, small_width, constant.dtype, constant.device)
-        smalls = self._remembered.get(key)
-        if smalls is None:
-            smalls = self._small_empty_canvas(constant, small_height, small_width)
-            while len(self._remembered) >= REMEMBERED:
-                self._remembered.pop(next(iter(self._remembered)), None)  # the oldest
-            self._remembered[key] = smalls
+        with self._remembering:
+            if key not in self._remembered:
+                if len(self._remembered) >= REMEMBERED:
+                    self._remembered.pop(next(iter(self._remembered)))  # the oldest
+                self._remembered[key] = self._small_empty_canvas(constant, small_height, small_width)
+            smalls = self._remembered[key]
         maps = {}
         for stage, small in smalls.items():
             rows = stretched(trace(small_height)[stage - 1], trace(height)[stage - 1])
