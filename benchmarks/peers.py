@@ -177,10 +177,12 @@ def segcli_ways(model: Model, photo: Image) -> dict[str, Segmenter]:
 
 
 def segcli_jobs(segmenters: Mapping[str, Segmenter], photo: Image) -> dict[str, Job]:
-    """What `segcli predict` does between reading a photo and writing its mask."""
+    """What `segcli predict` does between reading a photo and writing its mask, with all threads for it."""
+    picture = Decoded(Input("photo.jpg", "photo.jpg"), photo)
 
     def job(segmenter: Segmenter) -> object:
-        return list(segmenter.compute(iter([Decoded(Input("photo.jpg", "photo.jpg"), photo)])))
+        with torch.inference_mode():
+            return segmenter.result(picture, segmenter.scores([photo])[0])
 
     return {f"segcli, {way}": partial(job, segmenter) for way, segmenter in segmenters.items()}
 

@@ -1,10 +1,10 @@
 """From an image to its label map: tensor, network, scores, classes.
 
 On the CPU every image is computed alone, so its result cannot depend on its neighbours, not even in the
-last bit. Small images are computed side by side, a thread each: threads that share a small image wait for
-each other at every layer, and for those that decode and encode. On a GPU images of one size are computed
-together; convolutions of different batch sizes may then differ in the last bits of the scores, and a pixel at
-the border between two classes may fall to the other.
+last bit. Small images in light networks are computed side by side, a thread each: threads that share so
+little work wait for each other at every layer, and for those that decode and encode. On a GPU images of one
+size are computed together; convolutions of different batch sizes may then differ in the last bits of the
+scores, and a pixel at the border between two classes may fall to the other.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 # a folder of mixed sizes. A quarter of that is enough for one size of every layer. It is read at first use.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
+LIGHT = 16_000_000  # weights of a network that one thread computes small images with
 GPU_BATCH = 16  # images at a time where nothing else was asked for; halved when memory runs out
 TILE = {"auto": None, "on": 16, "off": 0}  # rows of an image at a time, see `InStrips`
 STRIP_SHARE = 8  # of the memory that a run may take, the part for one strip
@@ -135,7 +136,8 @@ class Segmenter:
         self.memory = memory
         self.threads = torch.get_num_threads()
         self.side_by_side = 0  # small images at a time, a thread each; 0 where that does not help
-        if device.type == "cpu" and runtime == "torch":
+        count = sum(each.numel() for each in model.network.parameters())
+        if device.type == "cpu" and runtime == "torch" and count <= LIGHT:
             self.side_by_side = self._affordable(self.threads, working or WORKING["cpu"])
         # A batch is computed when it is full, or when so many wait that one of several sizes has to go.
         self.held = 5 * self.batch_size if self.batch_size > 1 else 2 * self.side_by_side + 1
@@ -197,7 +199,7 @@ class Segmenter:
         return result
 
     def _is_small(self, picture: Decoded) -> bool:
-        """Whether one thread computes it. That depends on nothing but its size."""
+        """Whether one thread computes it. That depends on nothing but the size at which it is seen."""
         largest = max(self.variants.scales) if self.variants else 1
         return math.prod(self._seen(picture)) * largest**2 <= SMALL
 
