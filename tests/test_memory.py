@@ -27,6 +27,33 @@ def manifest(folder: Path) -> dict[str, dict[str, object]]:
     return {Path(line["source"]).name: line for line in map(json.loads, lines)}
 
 
+# Prints how many pages the system had to clear for ten times the same computation.
+REPEATED = """
+import resource, sys, torch
+from segcli.memory import keep_freed_memory
+torch.set_num_threads(1)
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+def compute():
+    return (torch.ones(5_000_000) + 1).sum()
+for _ in range(3):
+    compute()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    compute()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only glibc has mallopt")
+def test_memory_that_is_kept_is_not_cleared_again() -> None:
+    plain, kept = (
+        int(subprocess.check_output([sys.executable, "-c", REPEATED, how])) for how in ("plain", "kept")
+    )
+    assert plain > 1000  # blocks of 20 MB, in pages of 4 KB or more
+    assert kept < plain / 20
+
+
 # ---- sizes ----
 
 

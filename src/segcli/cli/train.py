@@ -120,6 +120,7 @@ def run_training(
     """Set up, train, report."""
     from segcli.device import pick_device
     from segcli.files import locked, remove_leftovers, require_writable, write_atomic
+    from segcli.memory import keep_freed_memory
     from segcli.training import distributed, loop
     from segcli.training.setup import make_task
 
@@ -131,6 +132,8 @@ def run_training(
         with distributed.together():
             device = distributed.own_device(pick_device(device_name))
             config = settled(config, device)
+            if device.type == "cpu":
+                keep_freed_memory()
             if writes:
                 check_run_folder(out, config, overwrite)
             with Downloading(terminal) as watch:
