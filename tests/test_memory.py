@@ -35,8 +35,8 @@ torch.set_num_threads(1)
 if sys.argv[1] == "kept":
     keep_freed_memory()
 def compute():
-    return (torch.ones(5_000_000) + 1).sum()
-for _ in range(3):
+    return (torch.ones(20_000_000) + 1).sum()
+for _ in range(9):
     compute()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(10):
@@ -50,8 +50,8 @@ def test_memory_that_is_kept_is_not_cleared_again() -> None:
     plain, kept = (
         int(subprocess.check_output([sys.executable, "-c", REPEATED, how])) for how in ("plain", "kept")
     )
-    assert plain > 1000  # blocks of 20 MB, in pages of 4 KB or more
-    assert kept < plain / 4
+    assert plain > 100_000  # two blocks of 80 MB in each round, in pages of 4 KB
+    assert kept < plain / 3  # the heap may still be growing
 
 
 # ---- sizes ----
