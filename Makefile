@@ -23,6 +23,7 @@ demo: setup  ## segment a few real photographs with a bundled model, into demo/m
 
 test: setup  ## run the tests
 	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --openvino
 
 docs: setup  ## write docs/commands.md and the pictures of the README
 	$(BIN)/python docs/make.py

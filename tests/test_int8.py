@@ -13,9 +13,6 @@ from torch import nn
 
 from segcli.cli import main
 from segcli.errors import UsageError
-
-pytest.importorskip("openvino")
-
 from segcli.inference.calibration import HELD_OUT, ranges_on
 from segcli.models.checkpoint import load_model
 from segcli.models.openvino_networks import EXAMPLE, Compiler, with_openvino

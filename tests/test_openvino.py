@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino
 import pytest
 import released
 import torch
@@ -17,13 +18,8 @@ from segcli.cli import main
 from segcli.device import pick_runtime
 from segcli.errors import UsageError
 from segcli.models.networks import get
-from segcli.models.vgg import VGG16FCN
-
-pytest.importorskip("openvino")
-
-import openvino
-
 from segcli.models.openvino_networks import REMEMBERED, with_openvino
+from segcli.models.vgg import VGG16FCN
 
 CLASSES = 5
 
@@ -97,7 +93,7 @@ def test_precisions() -> None:
     with torch.inference_mode():
         error = relative_error(with_openvino(network, "bf16")(x), network(x))
     assert error < 5e-2  # the products of bfloat16 have 8 bits
-    with pytest.raises(UsageError, match="fp32 or bf16"):
+    with pytest.raises(UsageError, match="fp32, bf16 or int8"):
         with_openvino(network, "fp16")
 
 
