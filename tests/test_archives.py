@@ -30,6 +30,12 @@ from segcli.inference.storage import Folder
 NAMES = ["a.png", "b.jpg", "b.png", "c.d.e.png", "50%/100%.png", "v1.0/x.y/z.png", "ü/日 本.png", "%2E.png"]
 FEW = "from segcli.inference import archives; archives.SAMPLES = 3"  # of this many tars are written soon
 
+KILLED_IN_THE_MERGE = """
+import os, signal
+from segcli.inference.storage import Folder
+Folder.remove_folder = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+"""
+
 
 @pytest.fixture(autouse=True)
 def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -447,6 +453,8 @@ def test_shards_of_which_one_is_killed(whole: dict[str, bytes], tmp_path: Path) 
     save_picture(Path("in/0/0.png"), 24, 32, 99)  # its old sample lies in the tar of a shard
     for shard in ("1/2", "2/2"):
         assert predict("--shard", shard) == 0
+    code, _ = run("runs", "merge", "masks", folder=tmp_path, before=KILLED_IN_THE_MERGE)
+    assert code == -signal.SIGKILL
     assert segcli("runs", "merge", "masks") == 0
     assert members().keys() == whole.keys()
     assert len(lines()) == 60
