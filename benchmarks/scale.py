@@ -1,7 +1,7 @@
 """The figures of docs/scale.md: the manifest, several processes on one machine, a store that is far away.
 
 python benchmarks/scale.py            needs 'segcli[test]'; about half an hour on a busy machine
-python benchmarks/scale.py driver     one part: manifest, driver, store, workers
+python benchmarks/scale.py driver     one part: manifest, tars, driver, store, workers
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 LINES = 100_000
+SAMPLES = 5_000
 IMAGES = 160
 COMPUTING = 0.25  # seconds that an image takes where workers are compared
 LATENCY = 0.05  # seconds that the store takes for every answer
@@ -67,6 +68,21 @@ def manifest() -> None:
         begun = time.process_time()
         with open_manifest(out):
             print(f", {LINES / (time.process_time() - begun):,.0f} opened")
+
+
+def tars() -> None:
+    """How many samples are packed, hashed and written to tars in a second (processor time)."""
+    from segcli.inference.archives import Packer
+    from segcli.inference.storage import Folder
+
+    files = [{"mask": os.urandom(15_000), "overlay": os.urandom(50_000)} for _ in range(50)]
+    with tempfile.TemporaryDirectory() as folder:
+        begun = time.process_time()
+        packer = Packer(Folder(Path(folder)), lambda entries: None)
+        for number in range(SAMPLES):
+            packer.add(entry(number), files[number % len(files)])
+        packer.close()
+        print(f"tars: {SAMPLES / (time.process_time() - begun):,.0f} samples of 65 KB a second")
 
 
 class Waiting:
@@ -148,11 +164,11 @@ def driver() -> None:
 
     entries = [entry(number) for number in range(LINES)]
     tables = [
-        pack(([(one.source, one) for one in entries[start : start + 32]], False))
+        pack(([(one.source, one, {}) for one in entries[start : start + 32]], False))
         for start in range(0, LINES, 32)
     ]
     with tempfile.TemporaryDirectory() as folder, open_manifest(Folder(Path(folder))) as record:
-        noted = (lambda source, one: record.append(one), lambda: None, threading.Event())
+        noted = (lambda source, one, files: record.append(one), lambda: None, threading.Event())
         run = _Run(None, *noted)  # type: ignore[arg-type]
         run.held.update({one.source: Input(one.source, one.output or "") for one in entries})
         begun = time.process_time()
@@ -195,6 +211,6 @@ def store() -> None:
 
 
 if __name__ == "__main__":
-    parts = {"manifest": manifest, "driver": driver, "store": store, "workers": workers}
+    parts = {"manifest": manifest, "tars": tars, "driver": driver, "store": store, "workers": workers}
     for part in sys.argv[1:] or parts:
         parts[part]()

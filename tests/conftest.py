@@ -12,9 +12,7 @@ OPENVINO = ("test_openvino.py", "test_int8.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--openvino", action="store_true", help="run the tests of OpenVINO, and only these"
-    )
+    parser.addoption("--openvino", action="store_true", help="run the tests of OpenVINO, and only these")
     parser.addoption("--regenerate", action="store_true", help="write golden files anew (then look at them)")
 
 

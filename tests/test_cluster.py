@@ -141,6 +141,20 @@ def test_what_a_worker_cannot_do_is_told_in_one_line(many: Path, cluster: Nodes,
     assert (code, errors) == (2, "Error: --precision fp16 needs a GPU; use bf16 or fp32 on the CPU\n")
 
 
+def test_tars_are_written_by_the_driver(cluster: Nodes, tmp_path: Path) -> None:
+    for number in range(8):
+        save_picture(tmp_path / f"in/{number}.png", 24, 32, number)
+    (tmp_path / "in/bad.jpg").write_text("hello")
+    command = (*PREDICT, "-m", small_model(), "--out-format", "webdataset")
+    assert run(*command, "--out", "whole", folder=tmp_path)[0] == 1
+    code, errors = run(*command, *ACTORS, "--ray-address", cluster.address, folder=tmp_path)
+    assert code == 1, errors
+    assert "9 images in" in errors
+    assert statuses(tmp_path) == {"done": 8, "failed": 1}
+    assert tree(tmp_path / "masks") == tree(tmp_path / "whole")  # one tar, whoever comes first
+    assert len(tree(tmp_path / "masks")) == 1
+
+
 # ---- without a cluster ----
 
 
@@ -153,6 +167,17 @@ def test_nothing_of_ray_is_imported_by_the_local_engine(tmp_path: Path) -> None:
     )
     process = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert process.stdout == "0 set()\n", process.stderr
+
+
+def test_an_unknown_precision_is_refused_before_ray_is_asked(tmp_path: Path) -> None:
+    save_picture(tmp_path / "in/a.png")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        nobody = f"127.0.0.1:{taken.getsockname()[1]}"
+    command = ("predict", "in", "-m", small_model(), "--engine", "ray", "--ray-address", nobody)
+    for name, told in (("fp23", "'fp23' is unknown"), ("int8", "int8 needs --runtime openvino")):
+        code, errors = run(*command, "--precision", name, folder=tmp_path)
+        assert (code, len(errors.splitlines())) == (2, 1)
+        assert errors.startswith(f"Error: --precision {told}")
 
 
 def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def decide(done: tuple[Input, Entry, Path], **changes: object) -> Entry | None:
         "settings": SETTINGS,
         "kinds": ["mask", "overlay"],
         "out": Folder(out),
+        "archive_now": lambda archive: None,
     }
     return finished_entry(**(values | changes))  # type: ignore[arg-type]
 

@@ -22,8 +22,9 @@ from small_model import save_picture, small_model
 from segcli.cli import main
 from segcli.errors import MachineError, UsageError
 from segcli.images import SUFFIXES
-from segcli.inference import fetching, remote
+from segcli.inference import archives, fetching, remote
 from segcli.inference.ahead import Ahead
+from segcli.inference.archives import key_of, unpack
 from segcli.inference.sources import Input, PassedOver, discover, parse
 from segcli.inference.storage import Content, Folder, canonical, is_url, open_storage
 
@@ -133,6 +134,42 @@ def test_from_bucket_to_disk_and_back(store: Store, photos: Path, masks: dict[st
     assert files(Path("masks")) == masks
     assert predict(photos, "--out", "s3://bucket/masks") == 0
     assert results("masks") == masks
+
+
+def test_tars_in_a_bucket(
+    store: Store, photos: Path, masks: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archives, "SAMPLES", 3)
+    put_tree(photos, "in")
+    arguments = ["s3://bucket/in", "--out", "s3://bucket/out", "--out-format", "webdataset"]
+
+    def held() -> dict[str, bytes]:
+        assert all(name.endswith(".tar") for name in results("out"))
+        samples = [sample for data in results("out").values() for sample in unpack(data).items()]
+        assert len({key for key, _ in samples}) == len(samples)
+        return {f"{key}.{field}": data for key, sample in samples for field, data in sample.items()}
+
+    assert predict(*arguments) == 0
+    assert len(results("out")) == 3
+    expected = {
+        f"{key_of(name.removeprefix('_overlay/'))}.{'overlay.jpg' if name[0] == '_' else 'mask.png'}": data
+        for name, data in masks.items()
+    }
+    found = held()
+    assert {name: data for name, data in found.items() if not name.endswith(".json")} == expected
+    store.requests.clear()
+    assert predict(*arguments) == 0
+    assert statuses("out") == {"skipped": len(NAMES)}
+    assert not [path for method, path in store.requests if method == "GET" and path.endswith(".tar")]
+    put("in/a.jpg", (photos / "ü/same.jpg").read_bytes())  # changed
+    put("out/masks-0123456789abcdef.tar", b"left by a run that was killed")
+    assert predict(*arguments) == 0
+    assert statuses("out") == {"skipped": len(NAMES) - 1, "done": 1}
+    assert held().keys() == found.keys()
+    assert held()["a.mask.png"] == masks["ü/same.jpg.png"]
+    driver().rm_file(f"bucket/out/{next(iter(results('out')))}")
+    assert predict(*arguments) == 0
+    assert held().keys() == found.keys()
 
 
 def test_with_decoders_in_processes(store: Store, photos: Path, masks: dict[str, bytes]) -> None:

@@ -136,25 +136,27 @@ def test_shards_at_the_same_time_make_what_one_run_makes(tmp_path: Path) -> None
 
 
 def test_a_shard_that_is_killed_and_run_again(tmp_path: Path) -> None:
-    pictures(8)
+    pictures(300)
     predict(out="whole")
     command = ["predict", "in", "-o", "masks", "-m", small_model(), "--workers", 0, "-q", "--shard"]
     process = Process(*command, "2/2", folder=tmp_path)
     record = Path("masks/_run/shards-of-2/2/manifest.jsonl")
-    wait_until(lambda: record.exists() and record.read_bytes().count(b"\n") > 0)
+    wait_until(lambda: record.exists() and record.read_bytes().count(b"\n") > 40)
     process.kill_group()
     assert process.wait() == -signal.SIGKILL
     predict("--shard", "1/2")
     Path("masks/.segcli-abcd").write_bytes(b"half")  # what a kill in another moment leaves
     before = len(lines(str(record)))
-    killed = before < sum(Shard(2, 2).holds(f"{'deep/' * (n % 2)}{n}.png") for n in range(8))
-    assert killed, "it was faster than the signal"
+    share = sum(Shard(2, 2).holds(f"{'deep/' * (n % 2)}{n}.png") for n in range(300))
+    assert before < share, "it was faster than the signal"
     assert merge() == 1
     assert predict("--shard", "2/2") == 0
     statuses = Counter(line["status"] for line in lines(str(record)))
-    assert statuses["skipped"] == before
+    assert statuses == {"skipped": before, "done": share - before}
     assert merge() == 0
     assert tree("masks") == tree("whole")
+    assert Counter(line["status"] for line in lines()) == {"skipped": before, "done": 300 - before}
+    assert {line["source"] for line in lines()} == {str(p.absolute()) for p in Path("in").rglob("*.png")}
 
 
 def test_a_merge_says_what_is_missing_or_not_finished(capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,16 +72,21 @@ def describe(device: torch.device) -> str:
     return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
 
 
+def check_precision(name: str, runtime: str = "torch") -> None:
+    """Raise UsageError for a precision that is unknown, or that the library has on no device."""
+    if name not in ("auto", "fp32", "bf16", "fp16", "int8"):
+        raise UsageError(f"--precision {name!r} is unknown; use auto, fp32, bf16, fp16 or int8")
+    if name == "int8" and runtime != "openvino":
+        raise UsageError("--precision int8 needs --runtime openvino, which predict and bench have")
+
+
 def pick_precision(name: str, device: torch.device, runtime: str = "torch") -> str:
     """`fp32`, `bf16`, `fp16` or `int8`; auto is bf16 where the hardware computes in it, else fp32.
 
     Raises:
         UsageError: The name is unknown, or device or library cannot compute in that precision.
     """
-    if name not in ("auto", "fp32", "bf16", "fp16", "int8"):
-        raise UsageError(f"--precision {name!r} is unknown; use auto, fp32, bf16, fp16 or int8")
-    if name == "int8" and runtime != "openvino":
-        raise UsageError("--precision int8 needs --runtime openvino, which predict and bench have")
+    check_precision(name, runtime)
     if name == "fp16" and device.type == "cpu":
         raise UsageError("--precision fp16 needs a GPU; use bf16 or fp32 on the CPU")
     if name != "auto":

@@ -59,6 +59,9 @@ CHOICES = [
     kind for kind in PRODUCTS if kind != "geometric"
 ]  # that one comes with the mask, if the model has it
 Save = Annotated[str, typer.Option(help=f"What to save, with commas: {', '.join(CHOICES)}.")]
+OutFormat = Annotated[
+    str, typer.Option(help="files, or webdataset: tar files with what is saved for many images in each.")
+]
 BatchSize = Annotated[
     str, typer.Option(help="Images at a time on a GPU, or auto. On the CPU it is one, whatever is given.")
 ]
@@ -131,6 +134,7 @@ def predict(
     list_file: ListFile = None,
     model: Model = DEFAULT_MODEL,
     save: Save = "mask,overlay",
+    out_format: OutFormat = "files",
     overwrite: Overwrite = False,
     device: Devices = "auto",
     processes: Processes = 1,
@@ -186,6 +190,8 @@ def predict(
 
     terminal = Terminal(quiet, json)
     kinds = kinds_of(save)
+    if out_format not in ("files", "webdataset"):
+        raise UsageError(f"--out-format {out_format!r} is unknown; use files or webdataset")
     images_at_a_time = batch_size_of(batch_size)
     variants_of(tta)
     most = memory_of(memory)
@@ -238,13 +244,13 @@ def predict(
     weights = sha256(model_file)
     readers = default_workers(gpu) if workers is None else workers
     ranges = None
-    calibrated = {}  # a setting of such runs only
+    rare = {} if out_format == "files" else {"out_format": out_format}  # settings of such runs only
     if precision == "int8":
         calibration = calibration_for(
             model_file, weights, size, found, results, calibrate, readers, overwrite, part, terminal
         )
         ranges = calibration.ranges
-        calibrated["calibration"] = calibration.digest
+        rare["calibration"] = calibration.digest
     most //= len(devices)  # of each process
     plan = Plan(
         model_file,
@@ -290,7 +296,7 @@ def predict(
             "opacity": opacity,
             "precision": precision,
             "runtime": runtime,
-            **calibrated,
+            **rare,
         },
         options={
             "sources": sources or ["--list", list_file],
@@ -309,6 +315,7 @@ def predict(
         memory=most,
         overwrite=overwrite,
         shard=part,
+        in_tars=out_format == "webdataset",
     )
     helpers: Helpers | None = cluster
     if cluster:

@@ -250,7 +250,9 @@ def report(task: Task[Any], progress: Progress, seconds: float, terminal: Termin
     counts += [f"{progress.failed:,} failed"] if progress.failed else []
     inputs = f"{progress.inputs:,} {noun}" + ("" if progress.inputs == 1 else "s")
     where = str(task.out)
-    if "overlay" in task.kinds:
+    if task.in_tars:
+        where += ", in tar files"
+    elif "overlay" in task.kinds:
         where += f", overlays in {task.out.place('_overlay')}"
     terminal.say(f"{inputs} in {seconds:.1f} s: {', '.join(counts)}. Results are in {where}.")
     if task.shard is not None:

@@ -151,7 +151,10 @@ class RayCluster:
     def precision(self, name: str, runtime: str) -> str:
         """The precision that the machines compute in, see `device.pick_precision`: for auto one is asked."""
         if name != "auto":
-            return name  # workers check it
+            from segcli.device import check_precision  # imports torch, which `auto` does without
+
+            check_precision(name, runtime)
+            return name  # workers check it against their devices
         import ray
 
         places = self.places
@@ -435,7 +438,7 @@ class _Run:
         for noted in notes:
             if isinstance(noted, SegcliError):
                 raise noted
-            source, entry = noted
+            source, entry, files = noted
             with self._room:
                 item = self.held.pop(source, None)
                 number = self._portion_of.pop(source, 0)
@@ -445,7 +448,7 @@ class _Run:
                         del self._open[number]
                         self._room.notify()
             if item is not None:  # a portion that was tried again may come twice
-                self._note(item.source, entry)
+                self._note(item.source, entry, files)
 
 
 def _portions(todo: Ahead[Input], actors: int, stop: threading.Event) -> Iterator[list[Input]]:

@@ -17,7 +17,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from segcli.inference.cluster import Places, here
 from segcli.inference.decoders import Decoded, Decoders
 from segcli.inference.layout import RUN_FILE, RUN_FOLDER
 from segcli.inference.manifest import Entry
-from segcli.inference.pipeline import Task, Work, compute_and_write, readable
+from segcli.inference.pipeline import NO_FILES, Task, Work, compute_and_write, readable
 from segcli.inference.plan import Plan
 from segcli.inference.sources import Input
 from segcli.memory import memory_of
@@ -45,7 +45,8 @@ LARGEST = 64 << 20  # bytes of pictures that go from one actor to the next at on
 TELL_EVERY = 1.0  # seconds after which an actor tells what it has done so far
 COLUMN = "pickle"
 
-Noted = tuple[str, Entry] | SegcliError  # the source and its entry, or what ends the run
+# The source, its entry and files for a tar, or what ends the run.
+Noted = tuple[str, Entry, Mapping[str, bytes]] | SegcliError
 
 
 @dataclass(frozen=True)
@@ -221,8 +222,8 @@ class Segmenting:
         yield pack((done, restarted))
 
     def _compute(self, table: pa.Table, notes: queue.SimpleQueue[Noted | None]) -> None:
-        def note(source: str, entry: Entry) -> None:
-            notes.put((source, entry))
+        def note(source: str, entry: Entry, files: Mapping[str, bytes] = NO_FILES, /) -> None:
+            notes.put((source, entry, files))
 
         try:
             if self._error is not None:

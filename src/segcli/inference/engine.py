@@ -13,20 +13,23 @@ one goes on from there.
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 from segcli import __version__
 from segcli.errors import MachineError
+from segcli.inference import archives
 from segcli.inference.ahead import Ahead
 from segcli.inference.decoders import Decoders
 from segcli.inference.interrupts import Interrupts
 from segcli.inference.layout import RUN_FOLDER
 from segcli.inference.manifest import (
+    Archive,
     Entry,
     Manifest,
     announce_shards,
@@ -37,9 +40,10 @@ from segcli.inference.manifest import (
     remove_others,
     write_run,
 )
-from segcli.inference.pipeline import Note, Task, Work, failed, work_through
+from segcli.inference.pipeline import NO_FILES, Note, Task, Work, failed, work_through
 from segcli.inference.shards import Shard, inputs
 from segcli.inference.sources import Input, PassedOver, Sources
+from segcli.inference.storage import Content
 
 R = TypeVar("R")
 AHEAD = 64  # inputs that are known but not decoded yet
@@ -130,11 +134,14 @@ def run(task: Task[R], progress: Progress, helpers: Helpers | None = None) -> No
         write_run(task.out, {"state": "running", **about}, record)
         state = "failed"
         try:
-            _process(task, _Book(task, manifest, progress), helpers, decoders, interrupts, stop)
+            with _Book(task, manifest, progress) as book:
+                _process(task, book, helpers, decoders, interrupts, stop)
             progress.interrupted = interrupts.number
             state = "interrupted" if progress.interrupted else "finished"
             if state == "finished":
                 manifest.compact()
+                if task.shard is None and (task.in_tars or manifest.names_archives):
+                    archives.sweep(task.out, archives.repack(manifest.path, task.out))
         finally:
             counts = {"done": progress.done, "skipped": progress.skipped, "failed": progress.failed}
             with contextlib.suppress(MachineError):  # on a full disk the first error is the one to tell
@@ -189,6 +196,11 @@ def _process(
 def _not_done(task: Task[R], book: _Book) -> Iterator[Input]:
     """The inputs that this run has to compute; the others are noted."""
     settings = digest(task.settings)
+
+    @functools.cache
+    def archive_now(archive: Archive) -> Content | None:
+        return task.out.content_now(archive.name, archive.content)
+
     for item in inputs(task.sources, book.progress.passed_over, task.shard):
         if item.problem:
             book.failed(item.source, item.problem)
@@ -197,7 +209,7 @@ def _not_done(task: Task[R], book: _Book) -> Iterator[Input]:
         else:
             before = book.manifest.find(item.output)
             try:
-                entry = finished_entry(before, item, settings, task.kinds, task.out)
+                entry = finished_entry(before, item, settings, task.kinds, task.out, archive_now)
             except FileExistsError as error:
                 if not task.overwrite:
                     other = f"{item.output} holds the result of {error}"
@@ -209,24 +221,41 @@ def _not_done(task: Task[R], book: _Book) -> Iterator[Input]:
                 book.note(item.source, replace(entry, status="skipped", reason="done before"))
                 continue
             if before is not None and entry is None:
-                remove_others(before, item, task.kinds, task.out)
+                remove_others(before, item, () if task.in_tars else task.kinds, task.out)
             yield item
 
 
 class _Book:
-    """Keeps the record: manifest and progress, from several threads."""
+    """Keeps the record: manifest and progress, from several threads. Also writes what goes into tars."""
 
     def __init__(self, task: Task[Any], manifest: Manifest, progress: Progress) -> None:
         self._task = task
         self.manifest = manifest
         self.progress = progress
         self._lock = threading.Lock()
+        self._packer = archives.Packer(task.out, self._note_all, task.memory)
+
+    def __enter__(self) -> _Book:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            with contextlib.suppress(MachineError) if kind else contextlib.nullcontext():
+                self._packer.close()
+        finally:
+            self.progress.done -= self._packer.unnoted
+
+    def _note_all(self, entries: Sequence[Entry]) -> None:
+        self.manifest.append(*entries)
 
     def failed(self, source: str, reason: str) -> None:
         self.note(source, failed(self._task, source, reason))
 
-    def note(self, source: str, entry: Entry) -> None:
-        self.manifest.append(entry)
+    def note(self, source: str, entry: Entry, files: Mapping[str, bytes] = NO_FILES, /) -> None:
+        if files:
+            self._packer.add(entry, files)
+        else:
+            self.manifest.append(entry)
         progress = self.progress
         with self._lock:
             if entry.status == "failed":

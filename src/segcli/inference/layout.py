@@ -2,6 +2,7 @@
 
 masks/a/b.png             the mask of images/a/b.jpg
 masks/_overlay/a/b.jpg    and everything else, in folders that start with an underscore
+masks/masks-5d41402abc4b2a76.tar    instead of all these, with many images in each, see `archives.py`
 masks/_run/               manifest.jsonl, run.json, lock
 masks/_run/shards-of-16/3/    the same for one shard, until the shards are merged
 """

@@ -4,6 +4,9 @@
     masks/_run/run.json         version, model, options, and whether the last run ended
     masks/_run/lock             held by the process that writes here
 
+A line about results in a tar (`archives.py`) names the tar besides. Its `output` is then only a name, and its
+`files` are members.
+
 With `--shard 3/16` these three lie in masks/_run/shards-of-16/3/, until the shards are merged. A shard reads
 the folder's manifest as well, and holds the folder's lock together with the other shards.
 
@@ -50,7 +53,17 @@ from segcli.inference.shards import Shard
 from segcli.inference.sources import Input
 from segcli.inference.storage import Content, Storage, absolute, content_now, exists
 
+UNSAID = {"out_format": "files"}  # settings that are noted only where they are different
 Status = Literal["done", "skipped", "failed"]
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A tar that holds the results of several inputs, as it was written."""
+
+    name: str  # below the output folder
+    samples: int  # inputs whose results it holds
+    content: Content
 
 
 @dataclass(frozen=True)
@@ -70,9 +83,10 @@ class Entry:
     settings: str | None = None  # digest of what the result depends on
     input: Content | None = None
     files: Mapping[str, Content] = field(default_factory=dict)  # by what was saved: "mask", "overlay", ...
+    archive: Archive | None = None  # what they are members of, where they are no files
 
     def line(self) -> bytes:
-        return json.dumps(vars(self), default=_values).encode() + b"\n"
+        return json.dumps(_values(self), default=_values).encode() + b"\n"
 
     @classmethod
     def parse(cls, line: bytes) -> Entry | None:
@@ -81,16 +95,17 @@ class Entry:
             values = json.loads(line.decode("ascii"))
             if values.get("input"):
                 values["input"] = Content(**values["input"])
+            if archive := values.get("archive"):
+                values["archive"] = Archive(**{**archive, "content": Content(**archive["content"])})
             values["files"] = {kind: Content(**value) for kind, value in values.get("files", {}).items()}
             return cls(**values)
         except (ValueError, TypeError, AttributeError):
             return None
 
 
-def _values(content: Content) -> dict[str, Any]:
-    """What a line says of a file. Files of this machine have no ETag, and do not say so a million times."""
-    values = vars(content)
-    return values if content.etag else {name: value for name, value in values.items() if name != "etag"}
+def _values(of: Entry | Content | Archive) -> dict[str, Any]:
+    """What a line says. Files of this machine have no ETag, and do not say so a million times."""
+    return {name: value for name, value in vars(of).items() if value or name not in ("etag", "archive")}
 
 
 def digest(settings: Mapping[str, Any]) -> str:
@@ -136,11 +151,16 @@ class Manifest:
                 return entry
         return None
 
-    def append(self, entry: Entry) -> None:
-        """Add a line. It is in the hands of the system at once, so it outlives the process."""
+    @property
+    def names_archives(self) -> bool:
+        """Whether earlier runs noted results in tars."""
+        return any(index.names_archives for index in self._earlier)
+
+    def append(self, *entries: Entry) -> None:
+        """Add lines. They are in the hands of the system at once, so they outlive the process."""
         with machine_errors(self.path, "write"):
-            line = entry.line()
-            if os.write(self._file, line) != len(line):
+            lines = b"".join(entry.line() for entry in entries)
+            if os.write(self._file, lines) != len(lines):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def close(self) -> None:
@@ -168,7 +188,9 @@ class _Index:
         keys, positions = array("q"), array("q")
         self._file = path.open("rb")
         position = 0
+        self.names_archives = False
         for line in self._file:
+            self.names_archives |= names_archive(line)
             _, output = _names(line)
             if output and wanted(output):
                 keys.append(hash(output))
@@ -237,6 +259,11 @@ def cut_torn_line(path: Path) -> None:
                 break
             end = start
         file.truncate(end)
+
+
+def names_archive(line: bytes) -> bool:
+    """Whether a line is about results in a tar."""
+    return b', "archive": {' in line  # in a text the quotes would be escaped
 
 
 def _names(line: bytes) -> tuple[str, str]:
@@ -338,12 +365,18 @@ def kept_precision(out: Storage) -> str | None:
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The settings that differ, in words."""
+    before, now = {**UNSAID, **before}, {**UNSAID, **now}
     names = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
     return "; ".join(f"{name} {_short(before.get(name))}, now {_short(now.get(name))}" for name in names)
 
 
 def finished_entry(
-    entry: Entry | None, item: Input, settings: str, kinds: Sequence[str], out: Storage
+    entry: Entry | None,
+    item: Input,
+    settings: str,
+    kinds: Sequence[str],
+    out: Storage,
+    archive_now: Callable[[Archive], Content | None],
 ) -> Entry | None:
     """An earlier result that can stand, as it is true today; None when the input has to be computed.
 
@@ -353,6 +386,7 @@ def finished_entry(
         settings: The digest of this run's settings.
         kinds: What is to be saved.
         out: The output folder.
+        archive_now: The present state of a tar, as `Storage.content_now` gives it.
 
     Raises:
         FileExistsError: The output holds the result of another file, which still exists.
@@ -366,6 +400,11 @@ def finished_entry(
         raise FileExistsError(entry.source)
     if changed or entry.settings != settings:
         return None
+    if entry.archive is not None:
+        held = archive_now(entry.archive)
+        if held is None or held.sha256 != entry.archive.content.sha256 or set(kinds) - entry.files.keys():
+            return None
+        return replace(entry, source=source, input=now, archive=replace(entry.archive, content=held))
     files = dict(entry.files)
     for kind in kinds:
         noted = files.get(kind)
@@ -377,7 +416,12 @@ def finished_entry(
 
 
 def remove_others(entry: Entry, item: Input, kinds: Sequence[str], out: Storage) -> None:
-    """Delete the products of an outdated result that are not made again, so that old and new never mix."""
+    """Delete the products of an outdated result that are not made again, so that old and new never mix.
+
+    Those in a tar stay until `archives.repack`.
+    """
+    if entry.archive is not None:
+        return
     for kind in entry.files.keys() & PRODUCTS.keys() - set(kinds):
         out.remove(file_of(item.output, kind))
 

@@ -12,12 +12,14 @@ import numpy as np
 
 from segcli.errors import UsageError
 from segcli.files import machine_errors
+from segcli.inference import archives
 from segcli.inference.layout import RUN_FILE, RUN_FOLDER, SHARDS_FOLDER
 from segcli.inference.manifest import (
     compact,
     cut_torn_line,
     differences,
     last_of_each,
+    names_archive,
     read_run,
     shard_counts,
     write_run,
@@ -73,8 +75,11 @@ def merge(out: Storage, force: bool) -> Merged:
         with machine_errors(manifest, "write"), manifest.open("ab") as file:
             for shard in shards:
                 file.writelines(out.lines(shard.record))
+        with manifest.open("rb") as file:
+            in_tars = any(map(names_archive, file))
         compact(manifest)
         out.publish(manifest)
+        needed = archives.repack(manifest, out) if in_tars else set()
         with manifest.open("rb") as file:
             merged.counts = tally(file)
         merged.joined = True
@@ -86,6 +91,8 @@ def merge(out: Storage, force: bool) -> Merged:
         write_run(out, {"state": state, **about, "started": began, "shards": merged.shards, **merged.counts})
         for count in counts:
             out.remove_folder(f"{SHARDS_FOLDER}{count}")
+        if in_tars:  # last: a merge that is killed before that reads the shards again, and they name old tars
+            archives.sweep(out, needed)
     return merged
 
 

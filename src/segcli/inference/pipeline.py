@@ -11,6 +11,7 @@ the same process (`engine.py`), one that drives several (`processes.py`), or one
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import threading
 import time
@@ -26,13 +27,29 @@ from segcli.inference.layout import file_of
 from segcli.inference.manifest import Entry, digest
 from segcli.inference.shards import Shard
 from segcli.inference.sources import Input, Sources
-from segcli.inference.storage import Storage, absolute
+from segcli.inference.storage import Content, Storage, absolute
 
 R = TypeVar("R")
-Note = Callable[[str, Entry], None]  # gets the source as given, and its entry; called from several threads
+NO_FILES: Mapping[str, bytes] = {}
 WRITERS = 2  # threads that encode and write, where a network is the bottleneck
 # The file's own name is at fault, not the disk: only this input fails.
 OWN_FAULTS = {errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.EILSEQ}
+
+
+class Note(Protocol):
+    """Called for every input, from several threads."""
+
+    def __call__(self, source: str, entry: Entry, files: Mapping[str, bytes] = ..., /) -> None:
+        """Note what became of an input.
+
+        Args:
+            source: As given.
+            entry: What became of it.
+            files: The files that go into a tar, by kind, where the task is one `in_tars`.
+
+        Raises:
+            MachineError: Nothing can be written.
+        """
 
 
 class Work(Protocol[R]):
@@ -64,6 +81,7 @@ class Task(Generic[R]):
     writers: int = WRITERS
     overwrite: bool = False
     shard: Shard | None = None  # only this part of the inputs
+    in_tars: bool = False  # files go into tars, see `archives.py`: whoever notes them writes them
 
 
 def work_through(
@@ -133,7 +151,7 @@ def compute_and_write(
 
     def finish(picture: Decoded, result: R | ImageError) -> None:
         try:
-            note(picture.item.source, _written(task, work, picture, result, settings))
+            note(picture.item.source, *_finished(task, work, picture, result, settings))
         except MachineError as error:
             errors.append(error)
             stop.set()
@@ -174,8 +192,13 @@ def readable(
             yield picture
 
 
-def _written(task: Task[R], work: Work[R], picture: Decoded, result: R | ImageError, settings: str) -> Entry:
+def _finished(
+    task: Task[R], work: Work[R], picture: Decoded, result: R | ImageError, settings: str
+) -> tuple[Entry, Mapping[str, bytes]]:
     """Encode and write what was computed for one picture.
+
+    Returns:
+        What became of it, and what goes into a tar.
 
     Raises:
         MachineError: The disk is full, ...: no other picture could be written either.
@@ -186,22 +209,22 @@ def _written(task: Task[R], work: Work[R], picture: Decoded, result: R | ImageEr
         if isinstance(result, ImageError):
             raise result
         files, shares = work.encode(picture, result)  # all of them, before the first is written
-        written = {kind: task.out.write(file_of(item.output, kind), data) for kind, data in files.items()}
+        written = {kind: _written(task, file_of(item.output, kind), data) for kind, data in files.items()}
     except ImageError as error:
-        return failed(task, item.source, str(error), picture)
+        return failed(task, item.source, str(error), picture), {}
     except MemoryError:
-        return failed(task, item.source, "there is not enough memory for an image of this size", picture)
+        return failed(task, item.source, "there is not enough memory for an image of this size", picture), {}
     except MachineError as error:
         cause = error.__cause__
         if isinstance(cause, OSError) and cause.errno in OWN_FAULTS:
-            return failed(task, item.source, str(error), picture)
+            return failed(task, item.source, str(error), picture), {}
         raise
     except Exception as error:  # not foreseen, but still the fault of one file, and the others go on
-        return failed(task, item.source, f"internal error, please report it: {error!r}", picture)
+        return failed(task, item.source, f"internal error, please report it: {error!r}", picture), {}
     picture.milliseconds += (time.perf_counter() - start) * 1e3
     assert picture.pixels is not None
     height, width = picture.pixels.shape[:2]
-    return Entry(
+    entry = Entry(
         source=absolute(item.source),
         output=file_of(item.output, next(iter(written))),
         status="done",
@@ -215,3 +238,11 @@ def _written(task: Task[R], work: Work[R], picture: Decoded, result: R | ImageEr
         input=picture.content,
         files=written,
     )
+    return entry, files if task.in_tars else {}
+
+
+def _written(task: Task[Any], name: str, data: bytes) -> Content:
+    """Write a file, unless it goes into a tar, and say what it is."""
+    if task.in_tars:
+        return Content(len(data), 0, 0, hashlib.sha256(data).hexdigest())
+    return task.out.write(name, data)

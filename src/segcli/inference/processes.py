@@ -128,8 +128,8 @@ def share_out(
                 member.most, failed_starts = content[0], 0
                 ready()
             elif kind == "note":
-                source, entry = content
-                note(member.held.pop(source).source, entry)
+                source, *entry_and_files = content
+                note(member.held.pop(source).source, *entry_and_files)
                 tries.pop(source, None)
             elif kind == "ended":
                 if content[0] is not None:

@@ -266,6 +266,12 @@ class RemoteFolder:
         except ImageError:
             return []
 
+    def files(self, name: str) -> list[str]:
+        try:
+            return [file for file, found in listing(self.place(name).rstrip("/")) if found is not None]
+        except ImageError:
+            return []
+
     def read(self, name: str) -> bytes | None:
         with _errors("read", self.place(name)):
             try:

@@ -12,7 +12,7 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -20,10 +20,11 @@ from segcli.errors import MachineError, SegcliError
 from segcli.inference.ahead import Ahead
 from segcli.inference.decoders import Decoders
 from segcli.inference.manifest import Entry
-from segcli.inference.pipeline import Task, Work, work_through
+from segcli.inference.pipeline import NO_FILES, Task, Work, work_through
 from segcli.inference.sources import Input
 
-# ("ready", how many inputs keep it busy) | ("note", source, Entry) | ("ended", None or what went wrong)
+# ("ready", how many inputs keep it busy) | ("note", source, Entry, files for a tar)
+# | ("ended", None or what went wrong)
 Message = tuple[Any, ...]
 
 
@@ -77,8 +78,8 @@ class Station:
         self._tell(("ready", work.held + self._task.workers + 2))
         return work
 
-    def _note(self, source: str, entry: Entry) -> None:
-        self._tell(("note", source, entry))
+    def _note(self, source: str, entry: Entry, files: Mapping[str, bytes] = NO_FILES, /) -> None:
+        self._tell(("note", source, entry, files))
 
 
 def main() -> None:

@@ -46,6 +46,9 @@ class Storage(Protocol):
     def folders(self, name: str) -> list[str]:
         """The names of the folders in a folder; none when it does not exist."""
 
+    def files(self, name: str) -> list[str]:
+        """The names of the files in a folder; none when it does not exist."""
+
     def read(self, name: str) -> bytes | None:
         """The content of a file, None when there is none."""
 
@@ -158,9 +161,15 @@ class Folder:
         return str(self._path / name)
 
     def folders(self, name: str) -> list[str]:
+        return [entry.name for entry in self._entries(name) if entry.is_dir()]
+
+    def files(self, name: str) -> list[str]:
+        return [entry.name for entry in self._entries(name) if entry.is_file()]
+
+    def _entries(self, name: str) -> list[os.DirEntry[str]]:
         try:
             with os.scandir(self._path / name) as entries:
-                return [entry.name for entry in entries if entry.is_dir()]
+                return list(entries)
         except OSError:
             return []
 
