@@ -4,8 +4,8 @@
     discover -> todo   -> station ->   manifest, progress
                        -> station ->
 
-`share_out` hands out inputs one by one to whoever holds the fewest, so that a slow device gets less, and
-never more than keeps a station busy. A station that dies is replaced, and what it held is done again, alone:
+Inputs are handed out one by one to whoever holds the fewest, so that a slow device gets less, and never more
+than keeps a station busy. A station that dies is replaced, and what it held is done again, alone:
 so an input that takes a station down is found, and costs itself only.
 """
 
@@ -18,11 +18,11 @@ import subprocess
 import sys
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import segcli
 from segcli.errors import MachineError
@@ -36,137 +36,25 @@ PROGRAM = (sys.executable, "-P", "-m", "segcli.inference.station")
 TRIES = 3  # that an input gets alone, after it was held by a station that died
 
 
-class Crew(Protocol):
-    """Stations, by number."""
-
-    def start(self) -> int:
-        """Start them all, and say how many there are."""
-
-    def tell(self, member: int, command: str, *arguments: Any) -> None:
-        """Call a method of `station.Station`. A station that has died does not mind."""
-
-    def hear(self, seconds: float) -> Iterator[tuple[int, Message]]:
-        """What stations tell within that time; ("lost", how) from one that has died, once."""
-
-    def replace(self, member: int) -> None:
-        """Start a station in place of one that has died."""
-
-    def kill(self) -> None:
-        """End all of them at once."""
-
-    def close(self) -> None:
-        """End all of them, and wait for that."""
-
-
-@dataclass
+@dataclass(eq=False)
 class _Member:
+    """A station, and what it was given."""
+
+    start: Callable[[], Work[Any]]
+    process: subprocess.Popen[bytes]
+    connection: Connection[Any, Any]
     most: int = 0  # inputs that keep it busy; 0 while it is getting ready
     held: dict[str, Input] = field(default_factory=dict)  # by absolute source
     ended: bool = False
 
-
-def share_out(
-    task: Task[Any],
-    todo: Ahead[Input],
-    crew: Crew,
-    note: Note,
-    ready: Callable[[], None],
-    stop: threading.Event,
-) -> bool:
-    """Let a crew do all of `todo`, and note it.
-
-    Args:
-        task: What is done.
-        todo: The inputs.
-        crew: The stations, not started yet.
-        note: Gets the entry of every input.
-        ready: Called when the first station begins.
-        stop: Set by anyone to end early.
-
-    Returns:
-        Whether all stations have lived: one that dies may leave files half written, under temporary names.
-
-    Raises:
-        UsageError: A station cannot use the model or the device.
-        MachineError: Nothing can be written, or stations do not start.
-    """
-    members = [_Member() for _ in range(crew.start())]
-    suspects: deque[Input] = deque()  # held by a station when it died
-    tries: Counter[str] = Counter()
-    more = True
-    told = False
-    all_lived = True
-    failed_starts = 0
-    while True:
-        if stop.is_set() and not told:
-            told = True
-            for number, member in enumerate(members):
-                crew.tell(number, "stop")
-                member.ended |= not member.most  # one that is still getting ready holds nothing
-        while not told and (free := _freest(members, tries)) is not None:
-            item = None
-            if suspects and not members[free].held:
-                item = suspects.popleft()
-            elif more:
-                try:
-                    item = todo.poll(0)
-                except StopIteration:
-                    more = False
-            if item is None:
-                break
-            source = absolute(item.source)
-            members[free].held[source] = item
-            crew.tell(free, "give", [replace(item, source=source)])
-        holding = any(member.held for member in members)
-        if all(member.ended for member in members) or not (told or more or suspects or holding):
-            return all_lived
-
-        for number, (kind, *content) in crew.hear(LOOK):
-            member = members[number]
-            all_lived &= kind != "lost"
-            if kind == "ready":
-                member.most, failed_starts = content[0], 0
-                ready()
-            elif kind == "note":
-                source, *entry_and_files = content
-                note(member.held.pop(source).source, *entry_and_files)
-                tries.pop(source, None)
-            elif kind == "ended":
-                if content[0] is not None:
-                    raise content[0]
-                member.ended, member.held = True, {}
-            elif told:
-                member.ended, member.held = True, {}
-            else:
-                failed_starts += not member.most
-                if failed_starts > 2 * len(members):
-                    raise MachineError(f"the processes that compute do not start ({content[0]})")
-                for source, item in member.held.items():
-                    tries[source] += 1
-                    if tries[source] > TRIES and len(member.held) == 1:
-                        del tries[source]
-                        note(
-                            item.source,
-                            failed(task, item.source, f"computing it takes the process down ({content[0]})"),
-                        )
-                    else:
-                        suspects.append(item)
-                members[number] = _Member()
-                crew.replace(number)
-
-
-def _freest(members: Sequence[_Member], suspects: Mapping[str, int]) -> int | None:
-    """The member with room that holds the fewest inputs; one with a suspect has no room for others."""
-    free = [
-        number
-        for number, member in enumerate(members)
-        if len(member.held) < member.most and not member.ended and not member.held.keys() & suspects.keys()
-    ]
-    return min(free, key=lambda n: len(members[n].held), default=None)
+    def tell(self, command: str, *arguments: Any) -> None:
+        """Call a method of `station.Station`. A station that has died does not mind."""
+        with contextlib.suppress(OSError):
+            self.connection.send((command, *arguments))
 
 
 class Processes:
-    """Stations on this machine, see `Crew` and `engine.Helpers`.
+    """Stations on this machine, see `engine.Helpers`. They do one run.
 
     Args:
         task: What is done.
@@ -187,8 +75,11 @@ class Processes:
         self._starts = starts
         self._announce = announce
         self._program = program
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._connections: list[Connection[Any, Any]] = []
+        self._members: list[_Member] = []
+        self._suspects: deque[Input] = deque()  # held by a station when it died
+        self._tries: Counter[str] = Counter()  # of suspects, by absolute source
+        self._failed_starts = 0
+        self._all_lived = True
 
     def work_through(
         self,
@@ -198,20 +89,85 @@ class Processes:
         ready: Callable[[], None],
         stop: threading.Event,
     ) -> bool:
-        return share_out(task, todo, self, note, ready, stop)
-
-    def start(self) -> int:
         self._announce()
         for start in self._starts:
-            process, connection = self._begin(start)
-            self._processes.append(process)
-            self._connections.append(connection)
-        return len(self._starts)
+            self._members.append(self._begin(start))
+        more, told = True, False
+        while True:
+            if stop.is_set() and not told:
+                told = True
+                for member in self._members:
+                    member.tell("stop")
+                    member.ended |= not member.most  # one that is still getting ready holds nothing
+            if not told:
+                more = self._hand_out(todo, more)
+            left = more or self._suspects or any(member.held for member in self._members)
+            if all(member.ended for member in self._members) or not (told or left):
+                return self._all_lived
+            for member, (kind, *content) in self._hear(LOOK):
+                if kind == "ready":
+                    member.most, self._failed_starts = content[0], 0
+                    ready()
+                elif kind == "note":
+                    source, *entry_and_files = content
+                    note(member.held.pop(source).source, *entry_and_files)
+                    self._tries.pop(source, None)
+                elif kind == "lost" and not told:
+                    self._replace(member, content[0], note)
+                elif kind == "ended" and content[0] is not None:
+                    raise content[0]
+                else:
+                    member.ended, member.held = True, {}
 
-    def replace(self, member: int) -> None:
-        self._processes[member], self._connections[member] = self._begin(self._starts[member])
+    def _hand_out(self, todo: Ahead[Input], more: bool) -> bool:
+        """Give inputs to whoever has room, suspects alone; False when there are no more but suspects."""
+        while (member := self._freest()) is not None:
+            item = None
+            if self._suspects and not member.held:
+                item = self._suspects.popleft()
+            elif more:
+                try:
+                    item = todo.poll(0)
+                except StopIteration:
+                    more = False
+            if item is None:
+                break
+            source = absolute(item.source)
+            member.held[source] = item
+            member.tell("give", [replace(item, source=source)])
+        return more
 
-    def _begin(self, start: Callable[[], Work[Any]]) -> tuple[subprocess.Popen[bytes], Connection[Any, Any]]:
+    def _freest(self) -> _Member | None:
+        """The station with room that holds the fewest inputs; one with a suspect has no room for others."""
+        free = [
+            member
+            for member in self._members
+            if len(member.held) < member.most
+            and not member.ended
+            and not member.held.keys() & self._tries.keys()
+        ]
+        return min(free, key=lambda member: len(member.held), default=None)
+
+    def _replace(self, member: _Member, how: str, note: Note) -> None:
+        """Start a station in place of one that has died, and suspect what it held.
+
+        Raises:
+            MachineError: They die before they are ready.
+        """
+        self._failed_starts += not member.most
+        if self._failed_starts > 2 * len(self._members):
+            raise MachineError(f"the processes that compute do not start ({how})")
+        for source, item in member.held.items():
+            self._tries[source] += 1
+            if self._tries[source] > TRIES and len(member.held) == 1:
+                del self._tries[source]
+                reason = f"computing it takes the process down ({how})"
+                note(item.source, failed(self._task, item.source, reason))
+            else:
+                self._suspects.append(item)
+        self._members[self._members.index(member)] = self._begin(member.start)
+
+    def _begin(self, start: Callable[[], Work[Any]]) -> _Member:
         ours, theirs = Pipe()
         paths = [str(Path(segcli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         with theirs:
@@ -223,34 +179,34 @@ class Processes:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,  # its errors come as messages
             )
-        with contextlib.suppress(OSError):  # it has died; `hear` finds out
+        with contextlib.suppress(OSError):  # it has died; `_hear` finds out
             ours.send((self._task, start))
-        return process, ours
+        return _Member(start, process, ours)
 
-    def tell(self, member: int, command: str, *arguments: Any) -> None:
-        with contextlib.suppress(OSError):
-            self._connections[member].send((command, *arguments))
-
-    def hear(self, seconds: float) -> Iterator[tuple[int, Message]]:
-        for connection in wait([one for one in self._connections if not one.closed], seconds):
+    def _hear(self, seconds: float) -> Iterator[tuple[_Member, Message]]:
+        """What stations tell within that time; ("lost", how) from one that has died, once."""
+        members = {member.connection: member for member in self._members if not member.connection.closed}
+        for connection in wait(list(members), seconds):
             assert isinstance(connection, Connection)
-            member = self._connections.index(connection)
+            member = members[connection]
             try:
                 yield member, connection.recv()
             except (EOFError, OSError):
                 connection.close()
-                yield member, ("lost", _how(self._processes[member].wait()))
+                self._all_lived = False
+                yield member, ("lost", _how(member.process.wait()))
 
     def kill(self) -> None:
-        for process in self._processes:
-            process.kill()
+        """End all of them at once."""
+        for member in self._members:
+            member.process.kill()
 
     def close(self) -> None:
         """End all of them, and wait for that."""
         self.kill()
-        for process, connection in zip(self._processes, self._connections, strict=True):
-            process.wait()
-            connection.close()
+        for member in self._members:
+            member.process.wait()
+            member.connection.close()
 
 
 def _how(code: int) -> str:
