@@ -221,26 +221,8 @@ def predict(
     if "mask" in kinds and info.second_class_set:
         kinds.append("geometric")
 
-    devices = [device] * processes
-    if device == "cuda:all" and cluster is None:
-        from segcli.device import pick_devices
-
-        devices = pick_devices(device) * processes
-    if cluster is None and (device not in ("auto", "cpu") or runtime != "torch"):
-        from segcli.device import pick_runtime
-
-        pick_runtime(runtime, devices[0])  # what cannot be had is an error even when there is nothing to do
     kept = None if overwrite or precision != "auto" else kept_precision(results)
-    gpu = device.startswith("cuda")
-    if kept is None and cluster is not None:
-        kept = cluster.precision(precision, runtime)
-    elif kept is None:
-        from segcli.device import pick_precision, pick_runtime
-
-        picked = pick_runtime(runtime, devices[0])
-        gpu = picked.type == "cuda"
-        kept = pick_precision(precision, picked, runtime)
-    precision = kept
+    devices, precision, gpu = where_to_compute(device, processes, runtime, precision, kept, cluster)
     weights = sha256(model_file)
     readers = default_workers(gpu) if workers is None else workers
     ranges = None
@@ -324,6 +306,33 @@ def predict(
         starts = [replace(plan, device=name).start for name in devices]
         helpers = Crew(task, starts, announce)
     run_and_report(task, progress, terminal, "image", "Segmenting", helpers)
+
+
+def where_to_compute(
+    device: str, processes: int, runtime: str, precision: str, kept: str | None, cluster: RayCluster | None
+) -> tuple[list[str], str, bool]:
+    """The device of every process, the precision, and whether there is a GPU to be fed.
+
+    Args:
+        device, processes, runtime, precision: As given.
+        kept: The precision that the output folder was begun with, if it is to be kept.
+        cluster: Where there is one, it knows its devices itself.
+
+    Raises:
+        UsageError: A device is not there, or cannot compute in that precision. What cannot be had is an error
+            even when there is nothing to do.
+    """
+    gpu = device.startswith("cuda")
+    if cluster:
+        return [device] * processes, kept or cluster.precision(precision, runtime), gpu
+    if kept and device in ("auto", "cpu") and runtime == "torch":
+        return [device] * processes, kept, gpu  # when all is done PyTorch is not even imported
+
+    from segcli.device import pick_devices, pick_precision, pick_runtime
+
+    devices = (pick_devices(device) if device == "cuda:all" else [device]) * processes
+    picked = pick_runtime(runtime, devices[0])
+    return devices, kept or pick_precision(precision, picked, runtime), picked.type == "cuda"
 
 
 def calibration_for(
