@@ -62,6 +62,7 @@ def test_ctrl_c_is_answered() -> None:
 import os, signal
 import segcli.cli.models
 from segcli.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have background jobs ignore it
 segcli.cli.models.Terminal = lambda *_, **__: os.kill(os.getpid(), signal.SIGINT)
 main(["models", "list"])
 """

@@ -464,6 +464,7 @@ def test_10_signal_while_the_model_is_loaded(twelve: Path, tmp_path: Path, numbe
 SIGNAL_AT_THE_END = """
 import os, signal
 from segcli.cli import runs
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have background jobs ignore it
 def report(*arguments):
     os.kill(os.getpid(), signal.SIGINT)
 runs.report = report
@@ -1055,6 +1056,8 @@ def test_28_evaluate_killed_and_run_again(labelled: Path) -> None:
             assert partial.items() <= clean.items()
         if dice.random() < 0.5:
             shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(exist_ok=True)
+    (out / ".segcli-half").write_text("what a killed run left half written")
     assert evaluate(labelled)[0] == 0
     assert tree(out) == clean
 

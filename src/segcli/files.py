@@ -120,6 +120,19 @@ def remove_leftovers(folder: Path) -> None:
                 Path(where, name).unlink()
 
 
+def remove_older_leftovers(folder: Path, began: float) -> None:
+    """The same in a folder that is not `locked`, and not below it: only what is older than this run.
+
+    Args:
+        folder: The folder.
+        began: When this run began, as `time.time` gives it. Others hold their temporary files for moments.
+    """
+    for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < began:
+                path.unlink()
+
+
 def sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's content."""
     with path.open("rb") as file:

@@ -83,8 +83,9 @@ def evaluate(
     """
     check_options(data, model, pred, labels, classes)
     from segcli.evaluation import labels_as_data
-    from segcli.files import require_writable
+    from segcli.files import remove_older_leftovers, require_writable
 
+    began = time.time()
     terminal = Terminal(quiet, json, answers=True)
     if out is not None:
         require_writable(out)
@@ -112,6 +113,8 @@ def evaluate(
     finally:
         stop.set()
     report(result, about | {"data": dataset.name, "split": dataset.split}, out, labels is None, terminal)
+    if out is not None:
+        remove_older_leftovers(out, began)
     if result.failed:
         raise typer.Exit(1)
 
