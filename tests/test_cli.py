@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -68,6 +70,23 @@ main(["models", "list"])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "Interrupted.\n")
+
+
+def test_main_leaves_the_handling_of_ctrl_c_as_it_was_and_works_in_any_thread() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    codes: list[object] = []
+
+    def run() -> None:
+        with pytest.raises(SystemExit) as stop:
+            main(["--version"])
+        codes.append(stop.value.code)
+
+    run()
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert codes == [0, 0]
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_version() -> None:

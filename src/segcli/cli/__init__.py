@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -64,9 +66,8 @@ def main(argv: Sequence[str] | None = None) -> Any:
     arguments = list(sys.argv[1:] if argv is None else argv)
     verbose = "--verbose" in arguments or "-v" in arguments
     try:
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, _interrupt)
-        app(arguments, prog_name="segcli")
+        with _interrupts_answered():
+            app(arguments, prog_name="segcli")
     except SegcliError as error:
         if verbose:
             raise
@@ -80,6 +81,20 @@ def main(argv: Sequence[str] | None = None) -> Any:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains while exiting
         sys.exit(128 + signal.SIGPIPE)
+
+
+@contextlib.contextmanager
+def _interrupts_answered() -> Iterator[None]:
+    """Ctrl-C raises `Interrupted` in this block, unless somebody ignores or handles it already."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _interrupt(*_: Any) -> None:
