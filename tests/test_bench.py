@@ -109,3 +109,8 @@ def test_table_fits_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: 
 def test_wrong_size(size: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("--size", size) == 2
     assert "--size" in capsys.readouterr().err
+
+
+def test_one_photograph_is_no_folder(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--images", 1) == 2
+    assert "from the first result to the last" in capsys.readouterr().err

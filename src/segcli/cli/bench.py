@@ -58,6 +58,10 @@ def bench(
     """
     chosen = [size_of(text) for text in sizes or ["500x375"]]
     images_at_a_time = batch_size_of(batch_size)
+    if images == 1:
+        raise UsageError(
+            "--images 1: a folder is timed from the first result to the last; give 0, or at least 2"
+        )
     terminal = Terminal(quiet, json, answers=True)
     model_file = get_model(model, terminal, offline)
 
