@@ -309,13 +309,16 @@ def test_out_of_memory_for_one_image_is_reported() -> None:
     assert computed(Windows(most=0), [(20, 30)] * 2, 2) == {"0.png": reason, "1.png": reason}
 
 
-def test_an_image_that_the_network_refuses_fails_alone() -> None:
-    class Picky(Windows):
-        def score_pyramid(self, images: Tensor) -> list[Tensor]:
-            if images.shape[2] == 30:
-                raise RuntimeError("I do not like it\nand say so at length")
-            return super().score_pyramid(images)
+class Picky(Windows):
+    """Refuses images of 30 rows."""
 
+    def score_pyramid(self, images: Tensor) -> list[Tensor]:
+        if images.shape[2] == 30:
+            raise RuntimeError("I do not like it\nand say so at length")
+        return super().score_pyramid(images)
+
+
+def test_an_image_that_the_network_refuses_fails_alone() -> None:
     results = computed(Picky(), SIZES, 4)
     clean = computed(Windows(), SIZES, 1)
     refused = "the network cannot compute 20 x 30 pixels: I do not like it"
@@ -383,12 +386,6 @@ def test_side_by_side_what_holds_room_goes_on_before_the_next_is_read() -> None:
 
 
 def test_an_image_that_fails_side_by_side_fails_alone() -> None:
-    class Picky(Windows):
-        def score_pyramid(self, images: Tensor) -> list[Tensor]:
-            if images.shape[2] == 30:
-                raise RuntimeError("I do not like it")
-            return super().score_pyramid(images)
-
     segmenter = Segmenter(model_of(Picky()), torch.device("cpu"), ["mask"])
     found = [result for _, result in segmenter.compute(iter(pictures_of(SIZES)))]
     assert [isinstance(result, ImageError) for result in found] == [size == (30, 20) for size in SIZES]

@@ -162,28 +162,25 @@ class Segmenter:
         lanes = ThreadPoolExecutor(
             self.side_by_side, "network", initializer=torch.set_num_threads, initargs=(1,)
         )
+        most = 2 * self.side_by_side
         try:
             more = True
             while more or running:
                 picture = None
-                if more and len(running) <= 2 * self.side_by_side:
+                if more and len(running) <= most:
                     try:
                         picture = upcoming.poll(LOOK)
                     except StopIteration:
                         more = False
-                most = 2 * self.side_by_side if more else 0
-                if picture is not None and self._is_small(picture):
+                alone = picture is not None and not self._is_small(picture)
+                if picture is not None and not alone:
                     running.append((picture, lanes.submit(self._compute_one, picture)))
-                    picture = None
-                elif picture is not None:
-                    most = 0
                 # What holds room in memory goes on first: the next picture may be waiting for that room.
-                if running and running[-1][0].room:
-                    most = 0
-                while running and (len(running) > most or running[0][1].done()):
+                all_of_them = not more or alone or (picture is not None and picture.room > 0)
+                while running and (all_of_them or len(running) > most or running[0][1].done()):
                     done, future = running.popleft()
                     yield done, future.result()
-                if picture is not None:
+                if picture is not None and alone:
                     yield picture, self._compute_one(picture)
         finally:
             ended.set()
