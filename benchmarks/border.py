@@ -23,7 +23,7 @@ from torch import nn
 
 from segcli.inference.benchmark import Timing, interleaved
 from segcli.inference.cells import Labels, labels_from_coarse, lattice_of
-from segcli.inference.segmentation import classify
+from segcli.inference.classification import classify
 from segcli.models.checkpoint import load_model
 from segcli.models.prepared import prepare
 from segcli.models.preprocessing import to_tensor
@@ -140,7 +140,7 @@ def main() -> None:
         for displayed in ((height, width), (3000, 4000)):
 
             def by_scores(size: tuple[int, int] = displayed) -> Labels:
-                return classify(network.upsample(coarse[None], (height, width))[0], size).labels
+                return classify(network.upsample(coarse[None], (height, width)), size).of(0).labels
 
             by_cells = partial(labels_from_coarse, coarse, lattice, (height, width), displayed)
             jobs = {"scores of the full size": by_scores, "cells": by_cells}

@@ -181,8 +181,7 @@ def segcli_jobs(segmenters: Mapping[str, Segmenter], photo: Image) -> dict[str, 
     picture = Decoded(Input("photo.jpg", "photo.jpg"), photo)
 
     def job(segmenter: Segmenter) -> object:
-        with torch.inference_mode():
-            return segmenter.result(picture, segmenter.scores([photo])[0])
+        return segmenter.begin([picture]).results()
 
     return {f"segcli, {way}": partial(job, segmenter) for way, segmenter in segmenters.items()}
 

@@ -16,8 +16,9 @@ from torch import Tensor
 from segcli.errors import ImageError
 from segcli.inference import cells
 from segcli.inference.cells import Labels, Lattice, labels_from_coarse, lattice_of, mixture
+from segcli.inference.classification import Segmentation, classify
 from segcli.inference.decoders import Decoded
-from segcli.inference.segmentation import Segmentation, Segmenter, classify
+from segcli.inference.segmentation import Segmenter
 from segcli.inference.sources import Input
 from segcli.models.alexnet import AlexNetFCN
 from segcli.models.checkpoint import Model
@@ -56,7 +57,7 @@ def patchy_scores(classes: int, height: int, width: int, seed: int = 0) -> Tenso
 
 def assert_highest(labels: Labels, full: Tensor, displayed: tuple[int, int]) -> None:
     """The labels are the classes of the highest scores, but for what rounding decides."""
-    expected = classify(full, displayed).labels
+    expected = classify(full[None], displayed).of(0).labels
     assert labels.shape == expected.shape
     assert labels.dtype == expected.dtype
     y, x = np.nonzero(labels != expected)
@@ -202,12 +203,12 @@ def test_predict_gives_the_labels_of_the_plain_network(stride: int, shorter_side
     pixels = np.random.default_rng(0).integers(0, 256, (47, 60, 3), dtype=np.uint8)
     with torch.no_grad():
         scores = network(to_tensor(pixels, preprocessing))[0]
-    expected = classify(scores, (47, 60)).labels
+    expected = classify(scores[None], (47, 60)).of(0).labels
     assert len(np.unique(expected)) > 1
     for kinds in (["mask"], ["mask", "confidence"]):
         segmenter = Segmenter(model, torch.device("cpu"), kinds)
         assert (segmenter.lattice is not None) == (kinds == ["mask"])
-        ((_, result),) = segmenter.compute(iter([Decoded(Input("a", "a"), pixels)]))
+        (result,) = segmenter.begin([Decoded(Input("a", "a"), pixels)]).results()
         assert isinstance(result, Segmentation)
         assert (result.labels != expected).mean() < 1e-3
 
@@ -219,7 +220,7 @@ def test_scores_that_are_not_finite_are_refused() -> None:
     preprocessing = Preprocessing(mean=(0.5, 0.5, 0.5), std=(1, 1, 1))
     model = Model(network, ModelInfo("test", CLASS_SETS["voc"], preprocessing), Path("test"), "")
     segmenter = Segmenter(model, torch.device("cpu"), ["mask"])
-    ((_, result),) = segmenter.compute(iter([Decoded(Input("a", "a"), np.zeros((9, 9, 3), np.uint8))]))
+    (result,) = segmenter.begin([Decoded(Input("a", "a"), np.zeros((9, 9, 3), np.uint8))]).results()
     assert isinstance(result, ImageError)
     assert "not finite" in str(result)
 

@@ -7,9 +7,10 @@ import signal
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -24,10 +25,11 @@ from segcli.images import read_image
 from segcli.inference import decoders as decoders_module
 from segcli.inference import segmentation
 from segcli.inference.ahead import Ahead
+from segcli.inference.classification import BAND, Segmentation, classify
 from segcli.inference.decode_worker import LARGE, seconds_for
 from segcli.inference.decoders import Decoded, Decoders
 from segcli.inference.products import encode_npz, encode_products
-from segcli.inference.segmentation import Segmentation, Segmenter, classify
+from segcli.inference.segmentation import Batch, Segmenter
 from segcli.inference.sources import Input
 from segcli.models.checkpoint import Model, ModelInfo
 from segcli.models.fcn import Network
@@ -271,36 +273,41 @@ def pictures_of(sizes: list[tuple[int, int]]) -> list[Decoded]:
     return [Decoded(Input(f"{n}.png", f"{n}.png"), picture(*size, seed=n)) for n, size in enumerate(sizes)]
 
 
+def coming(pictures: Iterable[Decoded]) -> Ahead[Decoded]:
+    """Pictures as the engine hands them on."""
+    return Ahead(iter(pictures), 1, threading.Event())
+
+
 def computed(
-    network: Network, sizes: list[tuple[int, int]], batch: int, ahead: bool = False
+    network: Network, sizes: list[tuple[int, int]], batch: int, at_once: int = 1
 ) -> dict[str, bytes | str]:
     """Labels, or the reason why there are none, by source."""
     segmenter = Segmenter(model_of(network), torch.device("cpu"), ["mask"], batch)
     assert segmenter.batch_size == 1  # on the CPU, whatever was asked for
-    segmenter.batch_size, segmenter.ahead, segmenter.side_by_side = batch, ahead, 0  # as on a GPU
+    segmenter.batch_size, segmenter.at_once, segmenter.side_by_side = batch, at_once, 0  # as on a GPU
     return {
         done.item.source: str(result) if isinstance(result, ImageError) else result.labels.tobytes()
-        for done, result in segmenter.compute(iter(pictures_of(sizes)))
+        for done, result in segmenter.compute(coming(pictures_of(sizes)))
     }
 
 
 SIZES = [(20, 30), (30, 20), (20, 30), (1, 1), (20, 30), (30, 20), (20, 30), (20, 30)]
 
 
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("at_once", [1, 2])
 @pytest.mark.parametrize("batch", [2, 3, 8, 100])
-def test_batches_hold_one_size_and_change_nothing(batch: int, ahead: bool) -> None:
+def test_batches_hold_one_size_and_change_nothing(batch: int, at_once: int) -> None:
     network = Windows()
-    assert computed(network, SIZES, batch, ahead) == computed(Windows(), SIZES, 1)
+    assert computed(network, SIZES, batch, at_once) == computed(Windows(), SIZES, 1)
     assert sum(network.seen) == len(SIZES)
     assert max(network.seen) == min(batch, 5)  # five of 20 x 30
 
 
-@pytest.mark.parametrize("ahead", [False, True])
+@pytest.mark.parametrize("at_once", [1, 2])
 @pytest.mark.parametrize("most", [1, 2, 3])
-def test_out_of_memory_above_a_batch_size_backs_off(most: int, ahead: bool) -> None:
+def test_out_of_memory_above_a_batch_size_backs_off(most: int, at_once: int) -> None:
     network = Windows(most)
-    assert computed(network, [(20, 30)] * 12, 8, ahead) == computed(Windows(), [(20, 30)] * 12, 1)
+    assert computed(network, [(20, 30)] * 12, 8, at_once) == computed(Windows(), [(20, 30)] * 12, 1)
     assert network.seen.count(8) == 1  # it is tried once, and remembered
 
 
@@ -332,28 +339,54 @@ def test_large_images_are_computed_alone_and_at_once() -> None:
     segmenter.batch_size, segmenter.side_by_side = 8, 0
     pictures = pictures_of([(20, 30)] * 3)
     pictures[1].room = LARGE + 1
-    assert [p.item.source for p, _ in segmenter.compute(iter(pictures))] == ["1.png", "0.png", "2.png"]
+    assert [p.item.source for p, _ in segmenter.compute(coming(pictures))] == ["1.png", "0.png", "2.png"]
 
 
-def test_a_gpu_is_given_work_before_the_next_picture_is_waited_for() -> None:
-    network = Windows()
+class OnItsOwn(Segmenter):
+    """Computes as a GPU does: it is done only when somebody waits for it."""
+
+    def __init__(self, network: Network, batch: int) -> None:
+        super().__init__(model_of(network), torch.device("cpu"), ["mask"])
+        self.batch_size, self.at_once, self.side_by_side = batch, 2, 0
+        self.asked: list[int] = []  # images in every batch
+
+    def begin(self, pictures: Sequence[Decoded]) -> Batch:
+        self.asked.append(len(pictures))
+        return replace(super().begin(pictures), done=cast(torch.cuda.Event, Waited()))
+
+
+class Waited:
+    """An event that has not happened until it is waited for."""
+
+    def query(self) -> bool:
+        return False
+
+    def synchronize(self) -> None:
+        pass
+
+
+def test_a_gpu_is_asked_for_the_next_batch_before_results_are_fetched() -> None:
+    segmenter = OnItsOwn(Windows(), batch=2)
+    asked = [list(segmenter.asked) for _ in segmenter.compute(coming(pictures_of([(20, 30)] * 7)))]
+    # All have come before the first result is waited for; the seventh had to wait for others.
+    assert asked == [[2, 2], [2, 2], [2, 2, 2], [2, 2, 2], [2, 2, 2, 1], [2, 2, 2, 1], [2, 2, 2, 1]]
+
+
+def test_a_gpu_that_has_nothing_to_do_takes_what_fills_no_batch() -> None:
+    network, pictures = Windows(), pictures_of([(20, 30)] * 5)
     segmenter = Segmenter(model_of(network), torch.device("cpu"), ["mask"])
-    segmenter.ahead, segmenter.side_by_side = True, 0
-    pictures = pictures_of([(20, 30)] * 4)
-    pictures[2].room = LARGE + 1
-    asked: list[int] = []  # how often the network had been called when a picture was asked for
+    segmenter.batch_size, segmenter.at_once, segmenter.side_by_side = 4, 2, 0
+    released = threading.Event()
 
-    def coming() -> Iterator[Decoded]:
-        for one in pictures:
-            asked.append(len(network.seen))
-            yield one
+    def a_few() -> Iterator[Decoded]:
+        yield from pictures[:3]
+        assert released.wait(60)  # as a station does that is given no more until these are done
+        yield from pictures[3:]
 
-    handed_out = []
-    for one, _ in segmenter.compute(coming()):
-        handed_out.append((one.item.source, len(asked)))
-    assert asked == [0, 1, 2, 3]
-    # Each is handed out once the one after it was read, but for the large one, whose room the next may need.
-    assert handed_out == [("0.png", 2), ("1.png", 3), ("2.png", 3), ("3.png", 4)]
+    for done, _ in segmenter.compute(coming(a_few())):
+        if done is pictures[2]:
+            released.set()
+    assert network.seen == [3, 2]
 
 
 @pytest.mark.parametrize("lanes", [1, 2, 5])
@@ -361,7 +394,7 @@ def test_images_side_by_side_come_in_order_and_change_nothing(lanes: int) -> Non
     sizes = [*SIZES, (600, 500), (600, 500), *SIZES]  # 300,000 pixels are too many for one thread
     segmenter = Segmenter(model_of(Windows()), torch.device("cpu"), ["mask"])
     segmenter.side_by_side = lanes
-    found = list(segmenter.compute(iter(pictures_of(sizes))))
+    found = list(segmenter.compute(coming(pictures_of(sizes))))
     assert [done.item.source for done, _ in found] == [f"{number}.png" for number in range(len(sizes))]
     one_by_one = computed(Windows(), sizes, 1)
     assert {done.item.source: result.labels.tobytes() for done, result in found} == one_by_one
@@ -373,13 +406,13 @@ def test_side_by_side_what_holds_room_goes_on_before_the_next_is_read() -> None:
     pictures = pictures_of([(20, 30)] * 5)
     released = threading.Event()
 
-    def coming() -> Iterator[Decoded]:
+    def one_by_one() -> Iterator[Decoded]:
         pictures[2].room = LARGE + 1
         yield from pictures[:3]
         assert released.wait(60)  # as decoders do, when there is no more room
         yield from pictures[3:]
 
-    for done, _ in segmenter.compute(coming()):
+    for done, _ in segmenter.compute(coming(one_by_one())):
         if done.room:
             released.set()
     assert released.is_set()
@@ -387,7 +420,7 @@ def test_side_by_side_what_holds_room_goes_on_before_the_next_is_read() -> None:
 
 def test_an_image_that_fails_side_by_side_fails_alone() -> None:
     segmenter = Segmenter(model_of(Picky()), torch.device("cpu"), ["mask"])
-    found = [result for _, result in segmenter.compute(iter(pictures_of(SIZES)))]
+    found = [result for _, result in segmenter.compute(coming(pictures_of(SIZES)))]
     assert [isinstance(result, ImageError) for result in found] == [size == (30, 20) for size in SIZES]
 
 
@@ -401,13 +434,13 @@ def test_a_picture_that_cannot_be_prepared_is_told_in_its_turn(monkeypatch: pyte
 
     monkeypatch.setattr(segmentation, "to_pixels", picky)
     clean = computed(Windows(), SIZES, 2)
-    assert clean == computed(Windows(), SIZES, 2, ahead=True)
+    assert clean == computed(Windows(), SIZES, 2, at_once=2)
     assert clean["3.png"] == "there is not enough memory to compute 1 x 1 pixels; try --size 500"
 
 
 def test_the_size_can_be_overridden() -> None:
     segmenter = Segmenter(model_of(Windows()), torch.device("cpu"), ["mask"], shorter_side=10)
-    ((_, result),) = segmenter.compute(iter(pictures_of([(40, 60)])))
+    ((_, result),) = segmenter.compute(coming(pictures_of([(40, 60)])))
     assert isinstance(result, Segmentation)
     assert result.labels.shape == (40, 60)
 
@@ -417,7 +450,7 @@ def test_the_size_can_be_overridden() -> None:
 
 def test_classes_of_scores_written_out() -> None:
     scores = torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]], [[2.0, 2.0]]])  # (3 classes, 1 row, 2 columns)
-    result = classify(scores, (1, 2), confidence=True, probabilities=True)
+    result = classify(scores[None], (1, 2), confidence=True, probabilities=True).of(0)
     assert result.labels.tolist() == [[1, 0]]  # of equal scores the first
     assert result.labels.dtype == np.uint8
     # softmax(1, 3, 2) = (0.0900, 0.6652, 0.2447); softmax(2, 0, 2) = (0.4683, 0.0634, 0.4683)
@@ -429,30 +462,39 @@ def test_classes_of_scores_written_out() -> None:
     np.testing.assert_allclose(result.probabilities, expected, atol=5e-4)
 
 
-def test_classes_do_not_depend_on_the_height_of_bands(monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = torch.randn(5, 12, 10, generator=torch.Generator().manual_seed(0))
-    whole = classify(scores, (90, 70), confidence=True, probabilities=True)
-    monkeypatch.setattr("segcli.inference.segmentation.BAND", 5 * 70 * 8)
+@pytest.mark.parametrize("band", [5 * 70 * 8, 5 * 70 * 90, 2 * 5 * 70 * 90])  # 8 rows, one image, two
+def test_classes_do_not_depend_on_how_many_are_computed_at_a_time(
+    band: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = torch.randn(3, 5, 12, 10, generator=torch.Generator().manual_seed(0))
+    whole = [classify(each[None], (90, 70), confidence=True, probabilities=True).of(0) for each in scores]
+    monkeypatch.setitem(BAND, "cpu", band)
     bands = classify(scores, (90, 70), confidence=True, probabilities=True)
-    np.testing.assert_array_equal(bands.labels, whole.labels)
-    np.testing.assert_array_equal(bands.confidence, whole.confidence)
-    np.testing.assert_array_equal(bands.probabilities, whole.probabilities)
+    for number, alone in enumerate(whole):
+        found = bands.of(number)
+        np.testing.assert_array_equal(found.labels, alone.labels)
+        np.testing.assert_array_equal(found.confidence, alone.confidence)
+        assert found.probabilities is not None
+        assert alone.probabilities is not None
+        np.testing.assert_array_max_ulp(found.probabilities, alone.probabilities)  # strips round otherwise
 
 
 def test_many_classes_need_16_bits() -> None:
-    scores = torch.zeros(300, 2, 2)
-    scores[299] = 1
-    labels = classify(scores, (2, 2)).labels
+    scores = torch.zeros(1, 300, 2, 2)
+    scores[:, 299] = 1
+    labels = classify(scores, (2, 2)).of(0).labels
     assert labels.dtype == np.uint16
     assert labels.tolist() == [[299, 299], [299, 299]]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_scores_that_are_not_finite_are_an_error(value: float) -> None:
-    scores = torch.zeros(3, 4, 4)
-    scores[1, 2, 2] = value
+def test_scores_that_are_not_finite_are_an_error_of_their_image(value: float) -> None:
+    scores = torch.zeros(2, 3, 4, 4)
+    scores[1, 1, 2, 2] = value
+    found = classify(scores, (4, 4))
+    assert found.of(0).labels.max() == 0
     with pytest.raises(ImageError, match="not finite"):
-        classify(scores, (4, 4))
+        found.of(1)
 
 
 # ---- files ----

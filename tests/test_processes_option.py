@@ -51,7 +51,30 @@ def test_two_processes_make_what_one_makes(eight: Path, tmp_path: Path) -> None:
     assert code == 1
 
 
-# Python runs this in every process before anything else: stations meet their fate by the picture.
+# Python runs this in every process before anything else: stations compute in batches, as on a GPU.
+BATCHES = """
+import sys
+if any("inference.station" in word for word in sys.orig_argv):
+    from segcli.inference.segmentation import Segmenter
+    real = Segmenter.__init__
+    def init(self, *arguments):
+        real(self, *arguments)
+        self.batch_size, self.at_once, self.side_by_side, self.held = 3, 2, 0, 18
+    Segmenter.__init__ = init
+"""
+
+
+def test_pictures_that_fill_no_batch_are_computed_in_the_end(eight: Path, tmp_path: Path) -> None:
+    shutil.copytree(eight / "in", tmp_path / "in")
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(BATCHES)
+    code, errors = predict(tmp_path, "--processes", 2, PYTHONPATH=str(tmp_path / "site"))
+    assert code == 1, errors
+    assert "8 done, 1 failed" in errors
+    assert tree(tmp_path / "masks") == tree(eight / "masks")
+
+
+# The same: stations meet their fate by the picture.
 FATE = """
 import os, signal, sys
 if any("inference.station" in word for word in sys.orig_argv):

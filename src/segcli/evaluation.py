@@ -202,7 +202,7 @@ def predictions_of_model(
             else:
                 yield picture
 
-    for picture, found in segmenter.compute(readable()):
+    for picture, found in segmenter.compute(Ahead(readable(), 1, stop)):
         yield int(picture.item.output), found if isinstance(found, ImageError) else table[found.labels]
     yield from unreadable
 

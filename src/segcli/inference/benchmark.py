@@ -12,6 +12,7 @@ import os
 import platform
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from segcli.errors import ImageError, MachineError
 from segcli.files import write_atomic
 from segcli.images import SUFFIXES, encode_jpeg, read_image
+from segcli.inference.ahead import Ahead
 from segcli.inference.decoders import Decoded
 from segcli.inference.engine import Progress, run
 from segcli.inference.pipeline import Task
@@ -35,7 +37,7 @@ from segcli.inference.storage import open_storage
 from segcli.models.fcn import Network
 from segcli.models.preprocessing import network_size, to_tensor
 
-SIDE = 2048  # of the square matrices whose product is timed
+SIDE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # of the square matrices whose product is timed
 STAGES = ("decode", "network", "labels", "encode")
 DISTINCT = 8  # photographs per size; more files are copies, for making one takes longer than reading it
 
@@ -146,12 +148,12 @@ def synchronize(device: torch.device | None) -> None:
 
 def matrix_rates(device: torch.device, rounds: int) -> dict[str, float]:
     """Operations in a second of products of square matrices, by precision."""
-    jobs = {}
+    jobs, side = {}, SIDE[device.type]
     for name, dtype in {"fp32": torch.float32, "bf16": torch.bfloat16}.items():
-        a, b = torch.randn(2, SIDE, SIDE, device=device).to(dtype)
+        a, b = torch.randn(2, side, side, device=device).to(dtype)
         jobs[name] = lambda a=a, b=b: a @ b
     timings = interleaved(jobs, rounds, device)
-    return {name: 2 * SIDE**3 / (timing.median / 1e3) for name, timing in timings.items()}
+    return {name: 2 * side**3 / (timing.median / 1e3) for name, timing in timings.items()}
 
 
 def multiplications(work: Callable[[], object]) -> int:
@@ -230,7 +232,7 @@ def speeds(
 
 def _waiting(segmenter: Segmenter) -> int:
     """How many images a stream is timed with."""
-    return 4 * max(segmenter.batch_size, segmenter.side_by_side)
+    return 4 * segmenter.at_once * max(segmenter.batch_size, segmenter.side_by_side)
 
 
 def _jobs(segmenter: Segmenter, picture: Decoded, path: Path) -> dict[str, Callable[[], object]]:
@@ -238,32 +240,23 @@ def _jobs(segmenter: Segmenter, picture: Decoded, path: Path) -> dict[str, Calla
     batch = [picture] * segmenter.batch_size
     assert picture.pixels is not None
     pixels = [picture.pixels] * segmenter.batch_size
-    with torch.inference_mode():
-        (scores,) = segmenter.scores(pixels[:1])
-        result = segmenter.result(picture, scores)
+    scores = segmenter.scores(pixels)
+    result, *_ = segmenter.classified(batch, scores).results()
     if isinstance(result, ImageError):
         raise MachineError(f"{picture.item.source}: {result}")
 
-    def network() -> None:
-        with torch.inference_mode():
-            segmenter.scores(pixels)
-
-    def labels() -> None:
-        with torch.inference_mode():
-            for _ in batch:
-                segmenter.result(picture, scores)
-
-    def whole() -> None:
-        network()
-        labels()
+    def stream() -> None:
+        many = Ahead(iter([picture] * _waiting(segmenter)), segmenter.batch_size, threading.Event())
+        for _ in segmenter.compute(many):
+            pass
 
     return {
         "decode": lambda: read_image(path),
-        "network": network,
-        "labels": labels,
+        "network": lambda: segmenter.scores(pixels),
+        "labels": lambda: segmenter.classified(batch, scores).results(),
         "encode": lambda: segmenter.encode(picture, result),
-        "whole": whole,
-        "stream": lambda: list(segmenter.compute(iter([picture] * _waiting(segmenter)))),
+        "whole": lambda: segmenter.begin(batch).results(),
+        "stream": stream,
     }
 
 

@@ -17,7 +17,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -228,7 +228,8 @@ class Segmenting:
         try:
             if self._error is not None:
                 raise self._error
-            pictures = readable(self._pictures(table), self._task, note, _released)
+            readables = readable(self._pictures(table), self._task, note, _released)
+            pictures = Ahead(readables, 1, self._stop)
             compute_and_write(self._task, self._work, pictures, note, _released, self._stop)
         except SegcliError as error:
             notes.put(error)
@@ -237,7 +238,7 @@ class Segmenting:
         finally:
             notes.put(None)
 
-    def _pictures(self, table: pa.Table) -> Iterator[Decoded]:
+    def _pictures(self, table: pa.Table) -> Generator[Decoded]:
         for pictures in unpack(table):
             if isinstance(pictures, SegcliError):
                 raise pictures
@@ -256,7 +257,7 @@ class InTurn:
         self.held = work.held
         self.encode = work.encode
 
-    def compute(self, pictures: Iterator[Decoded]) -> Iterator[tuple[Decoded, Any]]:
+    def compute(self, pictures: Ahead[Decoded]) -> Iterator[tuple[Decoded, Any]]:
         with self._turn:
             yield from self._work.compute(pictures)
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from segcli.errors import ImageError
 from segcli.images import SUFFIXES, encode_jpeg, encode_mask, encode_png, read_image
+from segcli.inference.ahead import Ahead
 from segcli.inference.decoders import Decoded
 from segcli.palettes import CLASS_SETS, ClassSet, count_ids, generic_class_set, labels_from_colors
 from segcli.render import boundaries, colorize, line_width, overlay, with_legend
@@ -46,7 +47,7 @@ class Colorizer:
         self.lines = lines
         self.photos = photos
 
-    def compute(self, pictures: Iterator[Decoded]) -> Iterator[tuple[Decoded, None]]:
+    def compute(self, pictures: Ahead[Decoded]) -> Iterator[tuple[Decoded, None]]:
         """Nothing: all the work is in `encode`, which runs in threads."""
         for picture in pictures:
             yield picture, None
@@ -88,7 +89,7 @@ class Decolorizer:
     def __init__(self, classes: ClassSet) -> None:
         self.classes = classes
 
-    def compute(self, pictures: Iterator[Decoded]) -> Iterator[tuple[Decoded, None]]:
+    def compute(self, pictures: Ahead[Decoded]) -> Iterator[tuple[Decoded, None]]:
         """Nothing: all the work is in `encode`, which runs in threads."""
         for picture in pictures:
             yield picture, None

@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ class Decoders:
         self._memory = memory
         self._room = ROOM if memory is None else min(ROOM, memory // (ROOM_SHARE * PICTURE))
 
-    def run(self, items: Ahead[Input]) -> Iterator[Decoded]:
+    def run(self, items: Ahead[Input]) -> Generator[Decoded]:
         """Read every item, several at a time, and yield each when it is done."""
         try:
             yield from self._run_fetching(items) if self._remote else self._run(items)

@@ -10,12 +10,12 @@ the same process (`engine.py`), one that drives several (`processes.py`), or one
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
-import itertools
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
@@ -57,7 +57,7 @@ class Work(Protocol[R]):
 
     held: int  # pictures that keep it busy
 
-    def compute(self, pictures: Iterator[Decoded]) -> Iterator[tuple[Decoded, R | ImageError]]:
+    def compute(self, pictures: Ahead[Decoded]) -> Iterator[tuple[Decoded, R | ImageError]]:
         """In one thread: every picture with its result, or with the reason why there is none."""
 
     def encode(self, picture: Decoded, result: R) -> tuple[dict[str, bytes], dict[str, float]]:
@@ -107,26 +107,21 @@ def work_through(
     Raises:
         MachineError: Nothing can be written, ...
     """
-    decoded = Ahead(decoders.run(items), task.workers + 2, stop)
+    decoded = readable(decoders.run(items), task, note, decoders.release)
+    pictures = Ahead(decoded, task.workers + 2, stop)
     try:
-        pictures = readable(decoded, task, note, decoders.release)
-        if patient:
-            first = next(pictures, None)
-            if first is None:
-                return
-            pictures = itertools.chain([first], pictures)
-        if stop.is_set():
+        if (patient and not pictures.wait()) or stop.is_set():
             return
         compute_and_write(task, start(), pictures, note, decoders.release, stop)
     finally:
         stop.set()
-        decoded.thread.join(timeout=2)
+        pictures.thread.join(timeout=2)
 
 
 def compute_and_write(
     task: Task[R],
     work: Work[R],
-    pictures: Iterator[Decoded],
+    pictures: Ahead[Decoded],
     note: Note,
     release: Callable[[Decoded], None],
     stop: threading.Event,
@@ -181,15 +176,16 @@ def failed(task: Task[Any], source: str, reason: str, picture: Decoded | None = 
 
 
 def readable(
-    decoded: Iterator[Decoded], task: Task[Any], note: Note, release: Callable[[Decoded], None]
+    decoded: Generator[Decoded], task: Task[Any], note: Note, release: Callable[[Decoded], None]
 ) -> Iterator[Decoded]:
     """The pictures that could be decoded; the others are noted."""
-    for picture in decoded:
-        if picture.pixels is None:
-            note(picture.item.source, failed(task, picture.item.source, picture.problem, picture))
-            release(picture)
-        else:
-            yield picture
+    with contextlib.closing(decoded):
+        for picture in decoded:
+            if picture.pixels is None:
+                note(picture.item.source, failed(task, picture.item.source, picture.problem, picture))
+                release(picture)
+            else:
+                yield picture
 
 
 def _finished(

@@ -16,7 +16,7 @@ from segcli.palettes import ClassSet
 from segcli.render import colorize, compare, overlay
 
 if TYPE_CHECKING:
-    from segcli.inference.segmentation import Segmentation
+    from segcli.inference.classification import Segmentation
 
 Pixels = npt.NDArray[np.uint8]
 OVERLAY_QUALITY = 90

@@ -4,31 +4,31 @@ On the CPU every image is computed alone, so its result cannot depend on its nei
 last bit. Small images in light networks are computed side by side, a thread each: threads that share so
 little work wait for each other at every layer, and for those that decode and encode. On a GPU images of one
 size are computed together; convolutions of different batch sizes may then differ in the last bits of the
-scores, and a pixel at the border between two classes may fall to the other.
+scores, and a pixel at the border between two classes may fall to the other. A GPU computes on its own: it is
+asked for the next batch before the results of the last one are fetched.
 """
 
 from __future__ import annotations
 
 import math
 import os
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from segcli.errors import ImageError
 from segcli.inference.ahead import LOOK, Ahead
 from segcli.inference.cells import labels_from_coarse, lattice_of
+from segcli.inference.classification import Classes, Segmentation, classify
 from segcli.inference.decoders import PICTURE, Decoded
 from segcli.inference.products import encode_products
 from segcli.inference.tta import TTA, average
@@ -37,7 +37,7 @@ from segcli.models.checkpoint import Model
 from segcli.models.fcn import Network
 from segcli.models.prepared import prepare
 from segcli.models.preprocessing import network_size, normalize, to_pixels
-from segcli.models.strips import SMALL, WORKING, InStrips, Strips
+from segcli.models.strips import SMALL, WORKING, InStrips
 from segcli.palettes import count_ids
 
 if TYPE_CHECKING:
@@ -47,23 +47,48 @@ if TYPE_CHECKING:
 # a folder of mixed sizes. A quarter of that is enough for one size of every layer. It is read at first use.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
+WAITING = 4  # batches of pictures that may wait for others of their size
 LIGHT = 16_000_000  # weights of a network that one thread computes small images with
 GPU_BATCH = 16  # images at a time where nothing else was asked for; halved when memory runs out
 TILE = {"auto": None, "on": 16, "off": 0}  # rows of an image at a time, see `InStrips`
 STRIP_SHARE = 8  # of the memory that a run may take, the part for one strip
 RUNTIME = 640 << 20  # bytes of the process before it has a model: Python, PyTorch, OpenCV
 VARIANTS = 4  # maps of scores of the full size that averaging them takes
-BAND = 1 << 24  # scores of the full size at a time, whatever the size of the image
+PATIENCE = 0.25  # seconds without a picture after which a batch goes that is not full
+TICK = 0.001  # seconds; how often a GPU that computes is asked whether it is done, while no picture comes
 
 
 @dataclass(frozen=True)
-class Segmentation:
-    """What was found in one image, at the size at which it is displayed."""
+class Batch:
+    """Pictures that a device was asked to compute, maybe before it is done.
 
-    labels: npt.NDArray[np.integer[Any]]  # (H, W) class ids, uint8, or uint16 above 256 classes
-    confidence: npt.NDArray[np.uint8] | None = None  # (H, W) probability of the class, 255 = certain
-    probabilities: npt.NDArray[np.float16] | None = None  # (C, H, W), sum 1 over C
-    second: npt.NDArray[np.integer[Any]] | None = None  # (H, W) ids of the model's second label space
+    Attributes:
+        found: Of every picture what was found by every head, and its number there; or why there is nothing.
+        done: Set by a GPU once all is there.
+        begun: time.perf_counter() when it was asked.
+    """
+
+    pictures: Sequence[Decoded]
+    found: Sequence[tuple[Sequence[Classes], int] | ImageError]
+    done: torch.cuda.Event | None
+    begun: float
+
+    def is_done(self) -> bool:
+        return self.done is None or bool(self.done.query())  # type: ignore[no-untyped-call]
+
+    def results(self) -> list[Segmentation | ImageError]:
+        """What was found in every picture; waits for it."""
+        if self.done is not None:
+            self.done.synchronize()
+        return [each if isinstance(each, ImageError) else _segmentation(*each) for each in self.found]
+
+
+def _segmentation(heads: Sequence[Classes], number: int) -> Segmentation | ImageError:
+    try:
+        first, *others = (head.of(number) for head in heads)
+    except ImageError as error:
+        return error
+    return replace(first, second=others[0].labels) if others else first
 
 
 class Segmenter:
@@ -139,25 +164,24 @@ class Segmenter:
         count = sum(each.numel() for each in model.network.parameters())
         if device.type == "cpu" and runtime == "torch" and count <= LIGHT:
             self.side_by_side = self._affordable(self.threads, working or WORKING["cpu"])
-        # A batch is computed when it is full, or when so many wait that one of several sizes has to go.
-        self.held = 5 * self.batch_size if self.batch_size > 1 else 2 * self.side_by_side + 1
-        # A GPU computes on its own. Meanwhile the next batch is read, and copied in a stream of its own.
-        self.ahead = device.type == "cuda"
-        self.copies = torch.cuda.Stream(device) if self.ahead else None  # type: ignore[no-untyped-call]
+        gpu = device.type == "cuda"
+        self.at_once = 2 if gpu else 1  # batches that the device is asked for at a time
+        self.copies = torch.cuda.Stream(device) if gpu else None  # type: ignore[no-untyped-call]
+        self.held = 2 * self.side_by_side + 1
+        if self.batch_size > 1:
+            self.held = (self.at_once + WAITING) * self.batch_size
         self.kinds = kinds
         self.opacity = opacity
 
-    def compute(self, pictures: Iterator[Decoded]) -> Iterator[tuple[Decoded, Segmentation | ImageError]]:
+    def compute(self, pictures: Ahead[Decoded]) -> Iterator[tuple[Decoded, Segmentation | ImageError]]:
         """Every picture with its segmentation, or with the reason why there is none."""
         return self._compute_side_by_side(pictures) if self.side_by_side else self._compute_batches(pictures)
 
     def _compute_side_by_side(
-        self, pictures: Iterator[Decoded]
+        self, pictures: Ahead[Decoded]
     ) -> Iterator[tuple[Decoded, Segmentation | ImageError]]:
         """Small images in threads of their own; each of the others by all threads, after those before it."""
         torch.set_num_threads(self.threads)
-        ended = threading.Event()
-        upcoming = Ahead(pictures, 1, ended)
         running: deque[tuple[Decoded, Future[Segmentation | ImageError]]] = deque()
         lanes = ThreadPoolExecutor(
             self.side_by_side, "network", initializer=torch.set_num_threads, initargs=(1,)
@@ -169,7 +193,7 @@ class Segmenter:
                 picture = None
                 if more and len(running) <= most:
                     try:
-                        picture = upcoming.poll(LOOK)
+                        picture = pictures.poll(LOOK)
                     except StopIteration:
                         more = False
                 alone = picture is not None and not self._is_small(picture)
@@ -183,16 +207,13 @@ class Segmenter:
                 if picture is not None and alone:
                     yield picture, self._compute_one(picture)
         finally:
-            ended.set()
             lanes.shutdown(cancel_futures=True)
             torch.set_num_threads(self.threads)
 
     def _compute_one(self, picture: Decoded) -> Segmentation | ImageError:
-        start = time.perf_counter()
-        with torch.inference_mode():
-            (scores,) = self._affordable_scores([_pixels(picture)], None)
-            result = self.result(picture, scores)
-        picture.milliseconds += (time.perf_counter() - start) * 1e3
+        batch = self.begin([picture])
+        (result,) = batch.results()
+        picture.milliseconds += (time.perf_counter() - batch.begun) * 1e3
         return result
 
     def _is_small(self, picture: Decoded) -> bool:
@@ -207,30 +228,62 @@ class Segmenter:
         return max(1, min(count, (self.memory - RUNTIME - 2 * self.weights) // each))
 
     def _compute_batches(
-        self, pictures: Iterator[Decoded]
+        self, pictures: Ahead[Decoded]
     ) -> Iterator[tuple[Decoded, Segmentation | ImageError]]:
         """Images of one size together."""
-        batches = self._batches(pictures)
-        batch, uploaded = next(batches, None), None
-        while batch is not None:
-            start = time.perf_counter()
-            waited = 0.0
-            # What holds room in memory goes on first: the next picture may be waiting for that room.
-            ahead = self.ahead and not any(picture.room for picture in batch)
-            with torch.inference_mode():
-                scores = self._affordable_scores([_pixels(picture) for picture in batch], uploaded)
-                following, uploaded = None, None
-                if ahead:
-                    begun = time.perf_counter()
-                    following = next(batches, None)
-                    uploaded = self._uploaded_ahead(following) if following else None
-                    waited = time.perf_counter() - begun
-                results = [self.result(picture, found) for picture, found in zip(batch, scores, strict=True)]
-            milliseconds = (time.perf_counter() - start - waited) * 1e3 / len(batch)
-            for picture, result in zip(batch, results, strict=True):
-                picture.milliseconds += milliseconds
-                yield picture, result
-            batch = following if ahead else next(batches, None)
+        waiting: dict[tuple[int, ...], deque[Decoded]] = {}  # by the size at which they are seen
+        computing: deque[Batch] = deque()
+        more, last, finished = True, time.perf_counter(), 0.0
+        while more or waiting or computing:
+            crowded = sum(map(len, waiting.values())) >= WAITING * self.batch_size
+            if more and not crowded:
+                try:
+                    picture = pictures.poll(TICK if computing else LOOK)
+                except StopIteration:
+                    more = False
+                else:
+                    if picture is not None:
+                        alone = id(picture) if picture.room else 0
+                        waiting.setdefault((alone, *self._seen(picture)), deque()).append(picture)
+                        last = time.perf_counter()
+            idle = not computing and time.perf_counter() - last > PATIENCE
+            if len(computing) < self.at_once:
+                chosen = self._chosen(waiting, any_size=idle or crowded or not more)
+                if chosen:
+                    computing.append(self.begin(chosen))
+            # With nothing else to do the oldest is waited for.
+            busy = len(computing) == self.at_once
+            wait = (busy and (crowded or not more)) or not (more or waiting)
+            while computing and (computing[0].is_done() or wait):
+                batch = computing.popleft()
+                results = batch.results()
+                # It could not begin before the one before it was finished.
+                begun, finished = max(batch.begun, finished), time.perf_counter()
+                for picture, result in zip(batch.pictures, results, strict=True):
+                    picture.milliseconds += (finished - begun) * 1e3 / len(results)
+                    yield picture, result
+                wait = False
+
+    def _chosen(self, waiting: dict[tuple[int, ...], deque[Decoded]], any_size: bool) -> list[Decoded]:
+        """The pictures that are computed next, taken from those that wait; none if they had better wait.
+
+        What holds room in memory goes alone and at once: the next picture may be waiting for that room.
+
+        Args:
+            waiting: By the size at which they are seen.
+            any_size: Take also what fills no batch.
+        """
+        ready = (key for key, group in waiting.items() if len(group) >= self.batch_size or group[0].room)
+        key = next(ready, None)
+        if key is None:
+            if not any_size or not waiting:
+                return []
+            key = max(waiting, key=lambda key: len(waiting[key]))
+        group = waiting[key]
+        chosen = [group.popleft() for _ in range(min(len(group), self.batch_size))]
+        if not group:
+            del waiting[key]
+        return chosen
 
     def encode(self, picture: Decoded, result: Segmentation) -> tuple[dict[str, bytes], dict[str, float]]:
         """The files of a picture by kind, and the share of every class that occurs in it."""
@@ -238,22 +291,6 @@ class Segmenter:
         total = result.labels.size
         counts = count_ids(result.labels)
         return files, {self.classes.names[id_]: round(count / total, 6) for id_, count in counts.items()}
-
-    def _batches(self, pictures: Iterator[Decoded]) -> Iterator[list[Decoded]]:
-        """Pictures that the network sees at one size, together; large ones alone."""
-        waiting: dict[tuple[int, int], list[Decoded]] = {}
-        for picture in pictures:
-            if picture.room:  # it occupies much memory, so it does not wait for others
-                yield [picture]
-                continue
-            size = self._seen(picture)
-            group = waiting.setdefault(size, [])
-            group.append(picture)
-            if len(group) >= self.batch_size:
-                yield waiting.pop(size)
-            elif sum(map(len, waiting.values())) >= 4 * self.batch_size:
-                yield waiting.pop(max(waiting, key=lambda size: len(waiting[size])))
-        yield from waiting.values()
 
     def _seen(self, picture: Decoded) -> tuple[int, int]:
         """The size (H, W) at which the network sees a picture."""
@@ -275,16 +312,14 @@ class Segmenter:
             seen = round(seen[0] * largest), round(seen[1] * largest)
         return need + self.estimated.memory(torch.zeros((), dtype=torch.uint8).expand(1, 3, *seen))
 
-    def _affordable_scores(
-        self, images: Sequence[npt.NDArray[np.uint8]], uploaded: Tensor | None
-    ) -> list[Tensor | ImageError]:
-        """The `scores` of images for which there is memory enough."""
+    def begin(self, pictures: Sequence[Decoded]) -> Batch:
+        """Ask the device for the segmentations of pictures that the network sees at one size."""
+        begun = time.perf_counter()
+        images = [_pixels(picture) for picture in pictures]
         refusals = [self._refusal(*image.shape[:2]) for image in images]
         fitting = [image for image, refusal in zip(images, refusals, strict=True) if not refusal]
-        if len(fitting) < len(images):
-            uploaded = None
-        found = iter(self.scores(fitting, uploaded) if fitting else [])
-        return [refusal or next(found) for refusal in refusals]
+        scores = iter(self.scores(fitting) if fitting else [])
+        return self.classified(pictures, [refusal or next(scores) for refusal in refusals], begun)
 
     def _refusal(self, height: int, width: int) -> ImageError | None:
         small = height * width <= SMALL  # what the process itself takes is no reason to refuse an image
@@ -295,19 +330,17 @@ class Segmenter:
             f"{gib(self.memory)}; try --size 500"
         )
 
-    def scores(
-        self, images: Sequence[npt.NDArray[np.uint8]], uploaded: Tensor | None = None
-    ) -> list[Tensor | ImageError]:
+    def scores(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Tensor | ImageError]:
         """Scores (C, h, w) of images that the network sees at one size; fewer at a time when memory runs out.
 
         They are the network's finest, at its own stride; of several variants, the mean at the size it sees.
 
         Args:
             images: uint8 (H, W, 3).
-            uploaded: What `_uploaded` makes of them, where that was done before.
         """
         try:
-            return self._computed(self._uploaded(images) if uploaded is None else uploaded)
+            with torch.inference_mode():
+                return self._computed(self._uploaded(images))
         except (RuntimeError, MemoryError, cv2.error) as error:
             problem = first_line(error)
             short_of_memory = is_out_of_memory(error)
@@ -332,22 +365,19 @@ class Segmenter:
         Those for a GPU go through pinned memory in a stream of their own. What this thread asks of the GPU
         from now on waits for them, what it has asked for goes on.
         """
-        pixels = torch.cat([to_pixels(image, self.preprocessing) for image in images])
+        pixels = [to_pixels(image, self.preprocessing) for image in images]
         if self.copies is None:
-            return pixels.to(self.device)
+            return torch.cat(pixels).to(self.device)
+        _, channels, height, width = pixels[0].shape
+        shape = (len(pixels), height, width, channels)  # in the order in which the pixels lie
+        pinned = torch.empty(shape, dtype=torch.uint8, pin_memory=True).permute(0, 3, 1, 2)
+        torch.cat(pixels, out=pinned)
         with torch.cuda.stream(self.copies):
-            found = pixels.pin_memory().to(self.device, non_blocking=True)
+            found = pinned.to(self.device, non_blocking=True)
         computing = torch.cuda.current_stream(self.device)
         computing.wait_stream(self.copies)
         found.record_stream(computing)
         return found
-
-    def _uploaded_ahead(self, batch: Sequence[Decoded]) -> Tensor | None:
-        """The same of a batch that is computed later; None when it fails, and fails again in its turn."""
-        try:
-            return self._uploaded([_pixels(picture) for picture in batch])
-        except (RuntimeError, MemoryError, cv2.error):
-            return None
 
     def _computed(self, pixels: Tensor) -> list[Tensor | ImageError]:
         if self.variants is None:
@@ -356,33 +386,63 @@ class Segmenter:
             average(self.all_scores, normalize(pixels, self.preprocessing), self.variants, self.heads)
         )
 
-    def result(self, picture: Decoded, scores: Tensor | ImageError) -> Segmentation | ImageError:
-        """The segmentation of a picture from its `scores`."""
-        if isinstance(scores, ImageError):
-            return scores
-        height, width = _pixels(picture).shape[:2]
-        seen = self._seen(picture)
-        try:
-            first, *others = np.cumsum([0, *self.heads]).tolist()
-            result = self._classified(scores, slice(first, others[0]), seen, (height, width))
-            if "geometric" not in self.kinds:
-                return result
-            second = self._classified(scores, slice(*others), seen, (height, width))
-            return replace(result, second=second.labels)
-        except ImageError as error:
-            return error
-        except (RuntimeError, MemoryError) as error:
-            if is_out_of_memory(error):
-                return ImageError(f"there is not enough memory for results of {width} x {height} pixels")
-            return ImageError(f"its scores cannot be turned into classes: {first_line(error)}")
+    def classified(
+        self, pictures: Sequence[Decoded], scores: Sequence[Tensor | ImageError], begun: float = 0
+    ) -> Batch:
+        """Ask the device for the classes of pictures from their `scores`."""
+        found: list[tuple[Sequence[Classes], int] | ImageError | None] = [
+            each if isinstance(each, ImageError) else None for each in scores
+        ]
+        groups: dict[tuple[int, ...], list[int]] = {}  # by the size at which they are displayed
+        for number, picture in enumerate(pictures):
+            if found[number] is None:
+                groups.setdefault(_pixels(picture).shape[:2], []).append(number)
+        todo = list(groups.values())
+        while todo:
+            group = todo.pop()
+            height, width = _pixels(pictures[group[0]]).shape[:2]
+            seen = self._seen(pictures[group[0]])
+            some = [each for number in group if isinstance(each := scores[number], Tensor)]
+            try:
+                with torch.inference_mode():
+                    scores_of_all = torch.stack(some) if len(some) > 1 else some[0][None]
+                    heads = self._heads(scores_of_all, seen, (height, width))
+            except (RuntimeError, MemoryError) as error:
+                if len(group) > 1:
+                    todo += [[number] for number in group]
+                elif is_out_of_memory(error):
+                    reason = f"there is not enough memory for results of {width} x {height} pixels"
+                    found[group[0]] = ImageError(reason)
+                else:
+                    reason = f"its scores cannot be turned into classes: {first_line(error)}"
+                    found[group[0]] = ImageError(reason)
+            else:
+                for place, number in enumerate(group):
+                    found[number] = heads, place
+        done = None
+        if self.device.type == "cuda":
+            done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            done.record(torch.cuda.current_stream(self.device))
+        return Batch(pictures, [each for each in found if each is not None], done, begun)
 
-    def _classified(
-        self, scores: Tensor, head: slice, seen: tuple[int, int], size: tuple[int, int]
-    ) -> Segmentation:
-        """What one head says, from the scores of all."""
+    def _heads(self, scores: Tensor, seen: tuple[int, int], size: tuple[int, int]) -> list[Classes]:
+        """What the heads say whose results are saved, from the scores (N, C, h, w) of all of them."""
+        ends = np.cumsum(self.heads).tolist()
+        used = 2 if "geometric" in self.kinds else 1
+        return [
+            self._classes(scores, slice(end - count, end), seen, size)
+            for count, end in zip(self.heads[:used], ends, strict=False)
+        ]
+
+    def _classes(self, scores: Tensor, head: slice, seen: tuple[int, int], size: tuple[int, int]) -> Classes:
         if self.lattice:
-            check_finite(scores[head])
-            return Segmentation(labels_from_coarse(scores[head], self.lattice, seen, size))
+            scores = scores[:, head]
+            finite = torch.isfinite(scores).flatten(1).all(1)
+            maps = [
+                labels_from_coarse(each, self.lattice, seen, size) if fine else np.zeros(size, np.uint8)
+                for each, fine in zip(scores, finite.tolist(), strict=True)
+            ]
+            return Classes(finite, torch.from_numpy(np.stack(maps)))
 
         def upsample(scores: Tensor) -> Tensor:
             return (scores if self.variants else self.network.upsample(scores, seen))[:, head]
@@ -393,64 +453,6 @@ class Segmenter:
 def _pixels(picture: Decoded) -> npt.NDArray[np.uint8]:
     assert picture.pixels is not None, "the engine hands on what could be decoded"
     return picture.pixels
-
-
-def classify(
-    scores: Tensor,
-    size: tuple[int, int],
-    confidence: bool = False,
-    probabilities: bool = False,
-    upsample: Callable[[Tensor], Tensor] = torch.Tensor.float,
-) -> Segmentation:
-    """The classes of an image from its scores.
-
-    Args:
-        scores: Before softmax, float (C, h, w), on any device.
-        size: (H, W) of the image. Scores of another size are resized to it bilinearly before the classes are
-            decided, so that borders are smooth; a band of rows at a time.
-        confidence, probabilities: Also compute these.
-        upsample: What is done to the scores, (1, C, h, w), before that.
-
-    Raises:
-        ImageError: A score is not a finite number.
-    """
-
-    def full_size(scores: Tensor) -> Tensor:
-        scores = upsample(scores.float())
-        if tuple(scores.shape[2:]) == size:
-            return scores
-        return F.interpolate(scores, size, mode="bilinear", align_corners=False)
-
-    scores = scores[None]
-    bands = Strips(full_size, scores)
-    labels = certainty = shares = None
-    top = 0
-    for values in bands.run(scores, bands.count(4 * BAND)):
-        values = values[0]  # (C, rows, W)
-        if labels is None:
-            count = len(values)
-            labels = np.empty(size, np.uint8 if count <= 256 else np.uint16)
-            certainty = np.empty(size, np.uint8) if confidence else None
-            shares = np.empty((count, *size), np.float16) if probabilities else None
-        band = slice(top, top + values.shape[1])
-        top = band.stop
-        best, winner = values.max(0)
-        check_finite(best)
-        labels[band] = winner.to(torch.uint8 if count <= 256 else torch.int32).cpu().numpy()
-        if certainty is not None or shares is not None:
-            soft = values.softmax(0)
-            if certainty is not None:
-                certainty[band] = (soft.amax(0) * 255).round().cpu().numpy()
-            if shares is not None:
-                shares[:, band] = soft.half().cpu().numpy()
-    assert labels is not None
-    return Segmentation(labels, certainty, shares)
-
-
-def check_finite(scores: Tensor) -> None:
-    """Raise ImageError where a score is not a finite number."""
-    if not torch.isfinite(scores).all():
-        raise ImageError("the network gave scores that are not finite numbers; the model is damaged")
 
 
 def first_line(error: BaseException) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from segcli.errors import UsageError
 from segcli.models.fcn import FCN, Features, Network
 from segcli.models.prepared import interpolating, sharing_copy
-from segcli.models.vgg import VGG16FCN
+from segcli.models.vgg import VGG16FCN, convolution_names
 from segcli.models.windowed import STAGES, WindowedVGG16
 
 if TYPE_CHECKING:
@@ -118,8 +118,10 @@ class WindowedByOpenVino(WindowedVGG16):
 
 
 def window_of(network: WindowedVGG16, stage: int, u: Tensor) -> Tensor:
-    """What `compute_window` gives, pooled in one operation."""
-    return F.max_pool2d(network.convolve_window(u, stage), 2)
+    """What `compute_window` gives, in the order in which OpenVINO joins operations, pooled in one of them."""
+    for name in convolution_names(stage):
+        u = network.rectified(network.convolved(u, name), name)
+    return F.max_pool2d(u, 2)
 
 
 def fc7_of(network: VGG16FCN, pool4: Tensor) -> Tensor:

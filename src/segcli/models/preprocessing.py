@@ -5,6 +5,7 @@ Functions import torch, OpenCV and Pillow when they run: what a model file says 
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -15,6 +16,7 @@ import numpy.typing as npt
 from segcli.errors import UsageError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -112,13 +114,20 @@ def resize_labels(labels: npt.NDArray[np.uint8], preprocessing: Preprocessing) -
 
 def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     """RGB images, uint8 (N, 3, H, W), as the network's input, float32 of the same shape and device."""
-    import torch
-
     if preprocessing.order == "BGR":
         images = images.flip(1)
-    mean = torch.tensor(preprocessing.mean, device=images.device).view(3, 1, 1)
-    std = torch.tensor(preprocessing.std, device=images.device).view(3, 1, 1)
+    mean, std = _constants(preprocessing, images.device)
     return (images * (preprocessing.scale / 255) - mean) / std
+
+
+@functools.lru_cache(maxsize=16)
+def _constants(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation on a device, float32 (3, 1, 1). Bringing them to a GPU makes it wait."""
+    import torch
+
+    with torch.inference_mode(False):  # they are kept for training as well
+        mean, std = (torch.tensor(each, device=device) for each in (preprocessing.mean, preprocessing.std))
+        return mean.view(3, 1, 1), std.view(3, 1, 1)
 
 
 def to_pixels(image: npt.NDArray[np.uint8], preprocessing: Preprocessing) -> Tensor:

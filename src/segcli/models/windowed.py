@@ -20,6 +20,7 @@ of so few pixels. See docs/performance.md.
 
 from __future__ import annotations
 
+import functools
 import math
 import threading
 from typing import NamedTuple
@@ -107,6 +108,14 @@ def stretched(small: Axis, large: Axis) -> list[int]:
     """The pixels of a small empty canvas's map that make up the large one's: its middle is repeated."""
     middle, pixels = small.constant.start, range(small.length)
     return [*pixels[:middle], *[middle] * (large.length - small.length), *pixels[middle:]]
+
+
+@functools.lru_cache(maxsize=4 * REMEMBERED)
+def _stretched_on(length: int, stage: int, device: torch.device) -> Tensor:
+    """`stretched` of an image's length, int64 on a device. Bringing it to a GPU makes it wait."""
+    small, large = trace(smallest_alike(length))[stage - 1], trace(length)[stage - 1]
+    with torch.inference_mode(False):  # it is kept for training as well
+        return torch.tensor(stretched(small, large), device=device)
 
 
 def _canvas_rows(
@@ -230,20 +239,24 @@ class WindowedVGG16(Network):
         return Features(pool3=maps[3], pool4=maps[4], fc7=self.compute_whole(maps[4]))
 
     def compute_window(self, u: Tensor, stage: int) -> Tensor:
-        """What a stage (1 to 4) makes of its widened window; both are differences."""
-        return halved(self.convolve_window(u, stage))
+        """What a stage (1 to 4) makes of its widened window; both are differences.
 
-    def convolve_window(self, u: Tensor, stage: int) -> Tensor:
-        """The same before pooling.
-
-        Every convolution with its ReLU makes the window grow by all outputs that see a pixel of it.
+        Its last ReLU comes after pooling, where it has a quarter of the numbers to do: the maximum of some
+        numbers that are raised to a floor is their maximum, raised to it.
         """
-        for name in convolution_names(stage):
-            weight = self._convolution(name).weight
-            bias, floor = self.get_buffer(f"{name}_bias"), self.get_buffer(f"{name}_floor")
-            u = F.conv2d(u, weight, bias, padding=weight.shape[-1] - 1)
-            u = u.clamp_(min=floor.to(u.dtype))
-        return u
+        *names, last = convolution_names(stage)
+        for name in names:
+            u = self.rectified(self.convolved(u, name), name)
+        return self.rectified(halved(self.convolved(u, last)), last)
+
+    def convolved(self, u: Tensor, name: str) -> Tensor:
+        """What a convolution makes of differences. The window grows by all outputs that see a pixel of it."""
+        weight = self._convolution(name).weight
+        return F.conv2d(u, weight, self.get_buffer(f"{name}_bias"), padding=weight.shape[-1] - 1)
+
+    def rectified(self, u: Tensor, name: str) -> Tensor:
+        """The ReLU after a convolution, of differences, in place."""
+        return u.clamp_(min=self.get_buffer(f"{name}_floor").to(u.dtype))
 
     def compute_whole(self, pool4: Tensor) -> Tensor:
         """fc7 of the whole canvas from pool4: stage 5, fc6 and fc7."""
@@ -272,10 +285,8 @@ class WindowedVGG16(Network):
             smalls = self._remembered[key]
         maps = {}
         for stage, small in smalls.items():
-            rows = stretched(trace(small_height)[stage - 1], trace(height)[stage - 1])
-            columns = stretched(trace(small_width)[stage - 1], trace(width)[stage - 1])
-            place = torch.tensor(rows, device=small.device), torch.tensor(columns, device=small.device)
-            maps[stage] = small, *place
+            rows, columns = (_stretched_on(length, stage, small.device) for length in (height, width))
+            maps[stage] = small, rows, columns
         return maps
 
     def _small_empty_canvas(self, constant: Tensor, height: int, width: int) -> dict[int, Tensor]:
