@@ -65,6 +65,16 @@ def pick_devices(name: str) -> list[str]:
     return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
 
 
+def memory_of_gpu(device: torch.device) -> int:
+    """The bytes of a CUDA device; 0 of others, which share the machine's."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+
+
+def exact_float32() -> None:
+    """Let GPUs convolve float32 numbers as such. By default they round them to the 10 bits of TF32."""
+    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+
+
 def describe(device: torch.device) -> str:
     """The device for people, such as `cuda:0 (NVIDIA H200)` or `cpu (2 threads)`."""
     if device.type == "cuda":

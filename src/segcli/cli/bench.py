@@ -11,8 +11,8 @@ import typer
 
 from segcli.cli.downloading import get_model
 from segcli.cli.options import Device, Json, Model, Offline, Precision, Quiet, Runtime, Verbose
-from segcli.cli.predict import BatchSize, batch_size_of, kinds_of
-from segcli.cli.runs import Workers, default_workers
+from segcli.cli.predict import BatchSize, Processes, kinds_of, number_or_auto
+from segcli.cli.runs import Workers, default_processes, default_workers
 from segcli.cli.terminal import Terminal
 from segcli.errors import UsageError
 from segcli.models.zoo import DEFAULT_MODEL
@@ -37,6 +37,7 @@ def bench(
     device: Device = "auto",
     precision: Precision = "auto",
     runtime: Runtime = "torch",
+    processes: Processes = "auto",
     batch_size: BatchSize = "auto",
     runs: Runs = 10,
     images: Images = 100,
@@ -57,7 +58,8 @@ def bench(
       segcli bench --model fcn8s-voc --size 500x375 --size 1920x1080 --json
     """
     chosen = [size_of(text) for text in sizes or ["500x375"]]
-    images_at_a_time = batch_size_of(batch_size)
+    images_at_a_time = number_or_auto(batch_size, "--batch-size")
+    of_the_device = number_or_auto(processes, "--processes")
     if images == 1:
         raise UsageError(
             "--images 1: a folder is timed from the first result to the last; give 0, or at least 2"
@@ -68,9 +70,9 @@ def bench(
     import torch
 
     from segcli import __version__
-    from segcli.device import describe, pick_precision, pick_runtime
+    from segcli.device import describe, memory_of_gpu, pick_precision, pick_runtime
     from segcli.inference import benchmark
-    from segcli.inference.segmentation import Segmenter
+    from segcli.inference.plan import Plan
     from segcli.models.checkpoint import load_model
     from segcli.models.prepared import prepare
     from segcli.models.preprocessing import to_tensor
@@ -85,15 +87,9 @@ def bench(
         photo = benchmark.synthetic_photo(benchmark.Size(*chosen[0]), 0)
         ranges, _ = ranges_on(loaded.network, [to_tensor(photo, loaded.info.preprocessing)])
     parameters = sum(parameter.numel() for parameter in loaded.network.parameters())
-    segmenter = Segmenter(
-        loaded,
-        picked,
-        kinds_of("mask,overlay"),
-        images_at_a_time,
-        precision=precision,
-        runtime=runtime,
-        ranges=ranges,
-    )
+    kinds = kinds_of("mask,overlay")
+    plan = Plan(model_file, device, precision, kinds, images_at_a_time, runtime=runtime, ranges=ranges)
+    segmenter = plan.start()
     counted = segmenter.network if runtime == "torch" else prepare(loaded.network, picked)
     progress = Terminal(quiet)
     progress.say(
@@ -107,8 +103,10 @@ def bench(
         whole = None
         if images:
             progress.say(f"Segmenting a folder of {images} photographs.")
-            used = default_workers(picked.type == "cuda") if workers is None else workers
-            whole = benchmark.folder_speed(segmenter, found_sizes, images, used, folder)
+            gpu = memory_of_gpu(picked)
+            crew = of_the_device or default_processes(gpu, lambda: images)
+            used = default_workers(gpu > 0, crew) if workers is None else workers
+            whole = benchmark.folder_speed(segmenter, plan, crew, found_sizes, images, used, folder)
             if whole.interrupted:
                 raise typer.Exit(128 + whole.interrupted)
     content = {
@@ -167,6 +165,7 @@ def folder_document(whole: FolderSpeed, speeds: list[Speed]) -> dict[str, Any]:
     alone = len(speeds) / sum(1 / speed.images_per_second for speed in speeds)
     return {
         "images": whole.images,
+        "processes": whole.processes,
         "seconds": round(whole.seconds, 3),
         "images_per_second": round(whole.images_per_second, 3),
         "of_network_and_labels": round(whole.images_per_second / alone, 3),
@@ -211,8 +210,9 @@ def show(content: dict[str, Any], terminal: Terminal) -> None:
     ]
     terminal.table(["Image", *names], rows, "Where the time of one image goes, ms")
     if folder := content["folder"]:
+        by = "" if folder["processes"] == 1 else f" by {folder['processes']} processes"
         terminal.say(
-            f"A folder of photographs, with masks and overlays: "
+            f"A folder of photographs, with masks and overlays{by}: "
             f"{folder['images_per_second']:.2f} images/s,\n"
             f"{folder['of_network_and_labels']:.0%} of network and labels alone."
         )

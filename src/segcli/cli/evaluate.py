@@ -152,7 +152,7 @@ def get_segmenter(
     terminal: Terminal,
 ) -> tuple[Segmenter, dict[str, Any]]:
     """What computes the predictions of a model; the second result says which, and how."""
-    from segcli.device import describe, pick_device, pick_precision
+    from segcli.device import describe, exact_float32, pick_device, pick_precision
     from segcli.evaluation import matching_classes
     from segcli.inference.segmentation import Segmenter
     from segcli.inference.tta import variants_of
@@ -161,6 +161,8 @@ def get_segmenter(
     variants_of(tta)
     device = pick_device(device_name)
     precision = pick_precision(precision, device)
+    if precision == "fp32":
+        exact_float32()
     model = load_model(model_file)
     matching_classes(model.info.class_set, dataset.class_set)
     terminal.say(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
@@ -23,6 +24,8 @@ from segcli.cli.options import (
 from segcli.cli.runs import (
     Overwrite,
     Workers,
+    count_up_to_many,
+    default_processes,
     default_workers,
     list_inputs,
     refuse_empty,
@@ -34,8 +37,6 @@ from segcli.inference.layout import PRODUCTS
 from segcli.models.zoo import DEFAULT_MODEL
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from segcli.inference.calibration import Calibration
     from segcli.inference.cluster import RayCluster
     from segcli.inference.segmentation import Segmenter
@@ -90,7 +91,12 @@ Devices = Annotated[
     ),
 ]
 Processes = Annotated[
-    int, typer.Option(min=1, help="Processes that compute, with the device and its threads shared out.")
+    str,
+    typer.Option(
+        metavar="auto|N",
+        help="Processes that compute, among which the device and the cores are shared out. auto: several "
+        "where one could not feed its GPU with a large folder.",
+    ),
 ]
 Calibrate = Annotated[
     int, typer.Option("--calibrate", min=1, help="Inputs on which --precision int8 is calibrated, at most.")
@@ -137,7 +143,7 @@ def predict(
     out_format: OutFormat = "files",
     overwrite: Overwrite = False,
     device: Devices = "auto",
-    processes: Processes = 1,
+    processes: Processes = "auto",
     engine: Engine = "local",
     ray_address: RayAddress = None,
     num_actors: NumActors = None,
@@ -192,7 +198,8 @@ def predict(
     kinds = kinds_of(save)
     if out_format not in ("files", "webdataset"):
         raise UsageError(f"--out-format {out_format!r} is unknown; use files or webdataset")
-    images_at_a_time = batch_size_of(batch_size)
+    images_at_a_time = number_or_auto(batch_size, "--batch-size")
+    of_each_device = number_or_auto(processes, "--processes")
     variants_of(tta)
     most = memory_of(memory)
     check_tile(tile, runtime)
@@ -202,7 +209,7 @@ def predict(
         "--gpus-per-actor": gpus_per_actor,
         "--cpus-per-actor": cpus_per_actor,
     }
-    check_engine(engine, processes, [name for name, value in asked.items() if value is not None])
+    check_engine(engine, of_each_device, [name for name, value in asked.items() if value is not None])
     cluster: RayCluster | None = None
     if engine == "ray":
         from segcli.inference.cluster import RayCluster, Wishes
@@ -222,9 +229,10 @@ def predict(
         kinds.append("geometric")
 
     kept = None if overwrite or precision != "auto" else kept_precision(results)
-    devices, precision, gpu = where_to_compute(device, processes, runtime, precision, kept, cluster)
+    devices, precision, gpu = where_to_compute(device, runtime, precision, kept, cluster)
+    devices *= of_each_device or default_processes(gpu, lambda: count_up_to_many(found))
     weights = sha256(model_file)
-    readers = default_workers(gpu) if workers is None else workers
+    readers = default_workers(gpu > 0, len(devices)) if workers is None else workers
     ranges = None
     rare = {} if out_format == "files" else {"out_format": out_format}  # settings of such runs only
     if precision == "int8":
@@ -309,12 +317,12 @@ def predict(
 
 
 def where_to_compute(
-    device: str, processes: int, runtime: str, precision: str, kept: str | None, cluster: RayCluster | None
-) -> tuple[list[str], str, bool]:
-    """The device of every process, the precision, and whether there is a GPU to be fed.
+    device: str, runtime: str, precision: str, kept: str | None, cluster: RayCluster | None
+) -> tuple[list[str], str, int]:
+    """The devices, the precision, and the bytes of memory of the GPU that is to be fed, 0 without one.
 
     Args:
-        device, processes, runtime, precision: As given.
+        device, runtime, precision: As given.
         kept: The precision that the output folder was begun with, if it is to be kept.
         cluster: Where there is one, it knows its devices itself.
 
@@ -322,17 +330,17 @@ def where_to_compute(
         UsageError: A device is not there, or cannot compute in that precision. What cannot be had is an error
             even when there is nothing to do.
     """
-    gpu = device.startswith("cuda")
     if cluster:
-        return [device] * processes, kept or cluster.precision(precision, runtime), gpu
-    if kept and device in ("auto", "cpu") and runtime == "torch":
-        return [device] * processes, kept, gpu  # when all is done PyTorch is not even imported
+        return [device], kept or cluster.precision(precision, runtime), 0
+    no_gpu = device == "cpu" or (device == "auto" and not Path("/proc/driver/nvidia").exists())
+    if kept and no_gpu and runtime == "torch":
+        return [device], kept, 0  # when all is done PyTorch is not even imported
 
-    from segcli.device import pick_devices, pick_precision, pick_runtime
+    from segcli.device import memory_of_gpu, pick_devices, pick_precision, pick_runtime
 
-    devices = (pick_devices(device) if device == "cuda:all" else [device]) * processes
+    devices = pick_devices(device) if device == "cuda:all" else [device]
     picked = pick_runtime(runtime, devices[0])
-    return devices, kept or pick_precision(precision, picked, runtime), picked.type == "cuda"
+    return devices, kept or pick_precision(precision, picked, runtime), memory_of_gpu(picked)
 
 
 def calibration_for(
@@ -388,19 +396,19 @@ def check_tile(tile: str, runtime: str) -> None:
         raise UsageError("--tile on needs PyTorch; OpenVINO computes images whole")
 
 
-def check_engine(engine: str, processes: int, of_ray: list[str]) -> None:
+def check_engine(engine: str, processes: int | None, of_ray: list[str]) -> None:
     """Raise UsageError for an `--engine` that is unknown, or options that the other one has.
 
     Args:
         engine: Its name.
-        processes: Of `--processes`.
+        processes: Of `--processes`, None for auto.
         of_ray: The options that were given and that only Ray has.
     """
     if engine not in ("local", "ray"):
         raise UsageError(f"--engine {engine!r} is unknown; use local or ray")
     if engine == "local" and of_ray:
         raise UsageError(f"{', '.join(of_ray)} {'is' if len(of_ray) == 1 else 'are'} for --engine ray")
-    if engine == "ray" and processes > 1:
+    if engine == "ray" and (processes or 1) > 1:
         raise UsageError("--processes is for --engine local; with Ray give --num-actors")
 
 
@@ -414,10 +422,10 @@ def describe_devices(runtime: str, names: list[str]) -> str:
     return f"{len(devices)} processes ({', '.join(map(str, devices))})"
 
 
-def batch_size_of(text: str) -> int | None:
-    """The number of `--batch-size`, None for auto."""
+def number_or_auto(text: str, option: str) -> int | None:
+    """The number that an option was given, from 1; None for auto."""
     if text == "auto":
         return None
     if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"--batch-size {text!r}: give auto or a number from 1")
+        raise UsageError(f"{option} {text!r}: give auto or a number from 1")
     return int(text)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 import threading
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
@@ -25,6 +28,8 @@ app = typer.Typer(help="Look at runs, and merge the shards of one.", no_args_is_
 Out = Annotated[str, typer.Argument(metavar="DIR", help="An output folder of segcli, or its URL.")]
 LINE_EVERY = 30  # seconds between two lines about the progress, where there is no terminal
 SHOWN_CLASSES = 12
+MANY = 2000  # images for which it pays to start several processes
+GPU_SHARE = 6 << 30  # bytes of a GPU's memory that a process may need
 
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Do everything again, also where earlier results are good.")
@@ -35,11 +40,46 @@ Workers = Annotated[
 ]
 
 
-def default_workers(gpu: bool = False) -> int:
-    """Half of the cores, which have to encode, too: at most 8, or 2 to 16 where a GPU is to be fed."""
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def default_workers(gpu: bool = False, processes: int = 1) -> int:
+    """Half of the cores, which have to encode, too: at most 8, or 2 to 16 where a GPU is to be fed.
+
+    Several processes share them.
+    """
     least, most = (2, 16) if gpu else (1, 8)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(least, min(most, cores // 2))
+    return max(1, max(least, min(most, cores() // 2)) // processes)
+
+
+def default_processes(gpu: int, images: Callable[[], int]) -> int:
+    """How many processes compute: one, but for a GPU and many images one for every four cores.
+
+    One process runs one line of Python at a time, and cannot keep a large GPU busy. But every one takes
+    seconds to start, and memory of the GPU.
+
+    Args:
+        gpu: The bytes of memory of the GPU, 0 without one.
+        images: Counts the inputs, or as many as are `MANY`.
+    """
+    most = min(cores() // 4, gpu // GPU_SHARE)
+    return most if most > 1 and images() >= MANY else 1
+
+
+def count_up_to_many(sources: Sources) -> int:
+    """The number of inputs, at most `MANY`; 0 of those that a store or stdin would have to tell."""
+    from segcli.inference.sources import PassedOver, discover
+    from segcli.inference.storage import is_url
+
+    (kind, path), *_ = sources.entries
+    if kind == "list":
+        content = b"" if path == "-" else Path(path).read_bytes()
+        return min(MANY, content.count(b"\n") + content.count(b"\0"))
+    if any(is_url(path) for _, path in sources.entries):
+        return 0
+    return sum(1 for _ in itertools.islice(discover(sources, PassedOver()), MANY))
 
 
 def refuse_empty(sources: Sources, noun: str) -> None:

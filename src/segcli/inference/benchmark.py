@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,6 +31,8 @@ from segcli.inference.ahead import Ahead
 from segcli.inference.decoders import Decoded
 from segcli.inference.engine import Progress, run
 from segcli.inference.pipeline import Task
+from segcli.inference.plan import Plan
+from segcli.inference.processes import Processes
 from segcli.inference.segmentation import Segmenter
 from segcli.inference.sources import Input, parse
 from segcli.inference.storage import open_storage
@@ -98,6 +100,7 @@ class FolderSpeed:
     """How fast `segcli predict` goes through a folder, from the first result to the last."""
 
     images: int  # after the first
+    processes: int
     seconds: float
     interrupted: int  # the signal that ended it, 0 for none
 
@@ -261,9 +264,25 @@ def _jobs(segmenter: Segmenter, picture: Decoded, path: Path) -> dict[str, Calla
 
 
 def folder_speed(
-    segmenter: Segmenter, sizes: Sequence[Size], images: int, workers: int, folder: Path
+    segmenter: Segmenter,
+    plan: Plan,
+    processes: int,
+    sizes: Sequence[Size],
+    images: int,
+    workers: int,
+    folder: Path,
 ) -> FolderSpeed:
-    """Run the engine of `segcli predict` over `images` photographs in `folder`, all sizes in turns."""
+    """Run the engine of `segcli predict` over photographs.
+
+    Args:
+        segmenter: Computes, where one process does.
+        plan: What it was made by: of several processes each makes its own.
+        processes: How many compute.
+        sizes: Of the photographs, in turns.
+        images: How many there are.
+        workers: Processes that read, for each of those that compute.
+        folder: Where photographs and results are put.
+    """
     photos = folder / "photos"
     write_photos(photos, sizes, images)
     out = str(folder / "masks")
@@ -278,11 +297,12 @@ def folder_speed(
         start=lambda: segmenter,
         workers=workers,
     )
-    run(task, progress)
+    starts = [replace(plan, processes=processes).start] * processes
+    run(task, progress, Processes(task, starts) if processes > 1 else None)
     seconds = time.monotonic() - progress.first_done
     if progress.failed and not progress.interrupted:
         raise MachineError(f"{progress.failed} of {images} photographs failed: {progress.failures[0][1]}")
-    return FolderSpeed(progress.done - 1, seconds, progress.interrupted)
+    return FolderSpeed(progress.done - 1, processes, seconds, progress.interrupted)
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

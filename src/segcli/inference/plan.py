@@ -38,12 +38,14 @@ class Plan:
         """
         import torch
 
-        from segcli.device import pick_runtime
+        from segcli.device import exact_float32, pick_runtime
         from segcli.inference.segmentation import Segmenter
         from segcli.models.checkpoint import load_model
 
         if self.processes > 1:
             torch.set_num_threads(max(1, torch.get_num_threads() // self.processes))
+        if self.precision == "fp32":
+            exact_float32()
         return Segmenter(
             load_model(self.model_file),
             pick_runtime(self.runtime, self.device),
