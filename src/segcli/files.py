@@ -7,6 +7,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import secrets
 import socket
 import tempfile
 import time
@@ -15,9 +16,6 @@ from pathlib import Path
 from typing import IO
 
 from segcli.errors import MachineError, UsageError
-
-_UMASK = os.umask(0)  # can only be read by setting it, so once, before there are threads
-os.umask(_UMASK)
 
 TEMPORARY_PREFIX = ".segcli-"  # every temporary file starts with this, so that leftovers can be recognised
 
@@ -48,19 +46,31 @@ def write_atomic(path: Path, data: bytes | memoryview) -> None:
     Raises:
         MachineError: The disk is full, the folder cannot be written to, ...
     """
+    temporary = path.with_name(TEMPORARY_PREFIX + secrets.token_hex(8))
     with machine_errors(path, "write"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=TEMPORARY_PREFIX, dir=path.parent)
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).chmod(0o666 & ~_UMASK)
-            Path(temporary).replace(path)
+            _write_through(temporary, data)
+        except FileNotFoundError:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write_through(temporary, data)
+        try:
+            temporary.replace(path)
         except BaseException:
             with contextlib.suppress(OSError):
-                Path(temporary).unlink()
+                temporary.unlink()
+            raise
+
+
+def _write_through(path: Path, data: bytes | memoryview) -> None:
+    """Write a new file, and have it on the disk; one that cannot be finished is removed."""
+    with path.open("xb") as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            with contextlib.suppress(OSError):
+                path.unlink()
             raise
 
 

@@ -116,9 +116,15 @@ COUNTED = 1 << 22  # ids at a time: NumPy makes eight bytes of each
 def count_ids(labels: Labels) -> dict[int, int]:
     """How many pixels every id has, for ids that occur, in increasing order."""
     if labels.dtype.itemsize <= 2:
+        import cv2
+
         flat, counts = labels.ravel(), np.zeros(2 ** (8 * labels.dtype.itemsize), np.int64)
         for start in range(0, flat.size, COUNTED):
-            counts += np.bincount(flat[start : start + COUNTED], minlength=len(counts))
+            some = flat[start : start + COUNTED]
+            if labels.dtype == np.uint8:  # OpenCV counts in float32, which holds every number up to 2^24
+                counts += cv2.calcHist([some], [0], None, [256], [0, 256]).ravel().astype(np.int64)
+            else:
+                counts += np.bincount(some, minlength=len(counts))
         return {number: int(counts[number]) for number in np.flatnonzero(counts).tolist()}
     return dict(zip(*(part.tolist() for part in np.unique(labels, return_counts=True)), strict=True))
 

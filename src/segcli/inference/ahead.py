@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 from collections.abc import Generator, Iterator
@@ -19,7 +20,11 @@ class Ahead(Generic[T], Iterator[T]):
     """
 
     def __init__(self, items: Iterator[T], size: int, stop: threading.Event) -> None:
-        self._queue: queue.Queue[T] = queue.Queue(size)
+        # Twice Python's simple queue: the other one takes a good part of the time of a small image.
+        self._queue: queue.SimpleQueue[T] = queue.SimpleQueue()
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()  # for how many items there is room
+        for _ in range(size):
+            self._room.put(None)
         self._stop = stop
         self._ended = threading.Event()
         self._error: BaseException | None = None
@@ -31,13 +36,12 @@ class Ahead(Generic[T], Iterator[T]):
         try:
             for item in items:
                 while not self._stop.is_set():
-                    try:
-                        self._queue.put(item, timeout=LOOK)
+                    with contextlib.suppress(queue.Empty):
+                        self._room.get(timeout=LOOK)
                         break
-                    except queue.Full:
-                        continue
                 if self._stop.is_set():
                     return
+                self._queue.put(item)
         except BaseException as error:  # handed to the thread that uses the items
             self._error = error
         finally:
@@ -64,10 +68,12 @@ class Ahead(Generic[T], Iterator[T]):
             return item
         ended = self._ended.is_set()  # asked before the queue, so that no last item is missed
         try:
-            return self._queue.get(timeout=seconds) if seconds and not ended else self._queue.get_nowait()
+            item = self._queue.get(timeout=seconds) if seconds and not ended else self._queue.get_nowait()
         except queue.Empty:
             if not ended:
                 return None
             if self._error is not None:
                 raise self._error from None
             raise StopIteration from None
+        self._room.put(None)
+        return item

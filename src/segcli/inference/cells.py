@@ -11,6 +11,7 @@ mixture of mixtures is a mixture, so that takes no second step: it only makes th
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, NamedTuple
@@ -77,6 +78,7 @@ class Mixture(NamedTuple):
     weights: Tensor
 
 
+@functools.lru_cache(maxsize=128)  # a folder has few sizes; one of 6000 pixels takes 200 kB
 def mixture(lattice: Lattice, count: int, seen: int, displayed: int) -> Mixture:
     """One axis: from `count` scores over the pixels that the network saw to those that are displayed."""
     place = ((np.arange(displayed) + 0.5) * (seen / displayed) - 0.5).clip(0, seen - 1)

@@ -154,6 +154,9 @@ def compute_and_write(
             release(picture)
             slots.release()
 
+    import cv2
+
+    cv2.setNumThreads(1)  # what encodes are threads already
     with ThreadPoolExecutor(count) as writers:
         for picture, result in work.compute(pictures):
             slots.acquire()

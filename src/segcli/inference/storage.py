@@ -231,7 +231,7 @@ def whole_lines(lines: Iterable[bytes]) -> Iterator[bytes]:
 
 def describe(path: Path, data: bytes) -> Content:
     """The state of a file that was just written."""
-    status = path.stat()
+    status = os.stat(path)
     return Content(status.st_size, status.st_mtime_ns, status.st_ctime_ns, hashlib.sha256(data).hexdigest())
 
 

@@ -120,7 +120,7 @@ def normalize(images: Tensor, preprocessing: Preprocessing) -> Tensor:
     return (images * (preprocessing.scale / 255) - mean) / std
 
 
-@functools.lru_cache(maxsize=16)
+@functools.cache  # never let go: what is recorded on a GPU goes on reading them
 def _constants(preprocessing: Preprocessing, device: torch.device) -> tuple[Tensor, Tensor]:
     """Mean and deviation on a device, float32 (3, 1, 1). Bringing them to a GPU makes it wait."""
     import torch

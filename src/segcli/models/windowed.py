@@ -20,7 +20,6 @@ of so few pixels. See docs/performance.md.
 
 from __future__ import annotations
 
-import functools
 import math
 import threading
 from typing import NamedTuple
@@ -35,7 +34,6 @@ from segcli.models.vgg import FIRST_PADDING, VGG16FCN, convolution_names, stage_
 
 STAGES = (1, 2, 3, 4)  # in stage 5 the image reaches the ring along the canvas's edge
 SEEN_WHOLE = (3, 4)  # stages whose maps are scored or go on to stage 5
-REMEMBERED = 64  # small empty canvases that are kept, 0.4 MB each at full width
 PATCHES = 1 << 24  # numbers that fc6 sees at a time, however large the image
 
 
@@ -104,18 +102,14 @@ def smallest_alike(length: int) -> int:
     return length
 
 
-def stretched(small: Axis, large: Axis) -> list[int]:
-    """The pixels of a small empty canvas's map that make up the large one's: its middle is repeated."""
-    middle, pixels = small.constant.start, range(small.length)
-    return [*pixels[:middle], *[middle] * (large.length - small.length), *pixels[middle:]]
+def stretched(small: Axis, large: Axis, device: torch.device) -> Tensor:
+    """The pixels of a small empty canvas's map that make up the large one's: its middle is repeated.
 
-
-@functools.lru_cache(maxsize=4 * REMEMBERED)
-def _stretched_on(length: int, stage: int, device: torch.device) -> Tensor:
-    """`stretched` of an image's length, int64 on a device. Bringing it to a GPU makes it wait."""
-    small, large = trace(smallest_alike(length))[stage - 1], trace(length)[stage - 1]
-    with torch.inference_mode(False):  # it is kept for training as well
-        return torch.tensor(stretched(small, large), device=device)
+    Returns:
+        int64 (length,) on the device. Nothing is brought there, which would make a GPU wait.
+    """
+    place, repeated = torch.arange(large.length, device=device), large.length - small.length
+    return torch.maximum(place.clamp(max=small.constant.start), place - repeated)
 
 
 def _canvas_rows(
@@ -200,6 +194,7 @@ class WindowedVGG16(Network):
         self.stride = network.stride
         self.network = network
         self.eval()
+        # Small empty canvases, 0.4 MB each at full width: at most one for every size modulo 16.
         self._remembered: dict[tuple[object, ...], dict[int, Tensor]] = {}
         self._remembering = threading.Lock()  # several images may be computed at a time
         first = self._convolution("conv1_1")
@@ -279,13 +274,12 @@ class WindowedVGG16(Network):
         key = (small_height, small_width, constant.dtype, constant.device)
         with self._remembering:
             if key not in self._remembered:
-                if len(self._remembered) >= REMEMBERED:
-                    self._remembered.pop(next(iter(self._remembered)))  # the oldest
                 self._remembered[key] = self._small_empty_canvas(constant, small_height, small_width)
             smalls = self._remembered[key]
         maps = {}
         for stage, small in smalls.items():
-            rows, columns = (_stretched_on(length, stage, small.device) for length in (height, width))
+            rows = stretched(trace(small_height)[stage - 1], trace(height)[stage - 1], small.device)
+            columns = stretched(trace(small_width)[stage - 1], trace(width)[stage - 1], small.device)
             maps[stage] = small, rows, columns
         return maps
 
