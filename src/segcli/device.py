@@ -72,7 +72,7 @@ def memory_of_gpu(device: torch.device) -> int:
 
 def exact_float32() -> None:
     """Let GPUs convolve float32 numbers as such. By default they round them to the 10 bits of TF32."""
-    torch.backends.cudnn.conv.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def describe(device: torch.device) -> str:
