@@ -80,7 +80,7 @@ def test_document(capsys: pytest.CaptureFixture[str]) -> None:
     # 2.5 times the pixels; maps of odd sizes are rounded up
     assert 2 < large["multiplications"] / small["multiplications"] < 3
     for size in (small, large):
-        assert list(size["stages_ms"]) == ["decode", "network", "labels", "encode"]
+        assert list(size["stages_ms"]) == ["decode", "resize", "network", "labels", "encode"]
         for timing in (size["latency_ms"], size["stream_ms"], *size["stages_ms"].values()):
             assert 0 < timing["median"] <= timing["p90"]
             assert timing["processor"] > 0

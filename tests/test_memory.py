@@ -15,7 +15,9 @@ from results import tree
 from small_model import picture, save_picture, small_model
 
 from segcli.errors import UsageError
+from segcli.inference.decoders import Decoded
 from segcli.inference.segmentation import Segmenter
+from segcli.inference.sources import Input
 from segcli.memory import memory_of, memory_of_machine
 from segcli.models.checkpoint import load_model
 
@@ -120,10 +122,7 @@ torch.set_num_threads(1)
 height, width = int(sys.argv[2]), int(sys.argv[3])
 segmenter = Segmenter(load_model(Path(sys.argv[1])), torch.device("cpu"), ("mask", "overlay"))
 picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
-with torch.inference_mode():
-    scores = segmenter.scores([picture])[0]
-from segcli.inference.cells import labels_from_coarse
-labels_from_coarse(scores, segmenter.lattice, (height, width), (height, width))
+segmenter.begin([Decoded(Input("a", "a"), picture)]).results()
 # Not getrusage: that counts the process that started this one, too.
 peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
 print(int(peak.split()[1]) * 1024)
@@ -157,8 +156,7 @@ def test_less_memory_makes_smaller_strips_and_the_same_labels() -> None:
     results = []
     for memory in (4 * GIB, 100 * MIB):
         segmenter = Segmenter(model, torch.device("cpu"), ("mask",), memory=memory)
-        with torch.inference_mode():
-            (scores,) = segmenter.scores([image])
+        (scores,) = segmenter.scores([Decoded(Input("a", "a"), image)])
         assert isinstance(scores, torch.Tensor)
         results.append((segmenter.finest_scores.count(torch.empty(1, 3, 900, 1000)), scores))
     (whole, expected), (strips, found) = results

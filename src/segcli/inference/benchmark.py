@@ -40,7 +40,7 @@ from segcli.models.fcn import Network
 from segcli.models.preprocessing import network_size, to_tensor
 
 SIDE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # of the square matrices whose product is timed
-STAGES = ("decode", "network", "labels", "encode")
+STAGES = ("decode", "resize", "network", "labels", "encode")
 DISTINCT = 8  # photographs per size; more files are copies, for making one takes longer than reading it
 
 
@@ -73,7 +73,7 @@ class Speed:
         seen: At which the network sees it.
         whole: From pixels in memory to label maps, per batch, with nothing else to do: the latency.
         stream: The same per image, where many wait.
-        stages: Per image, by `STAGES`; "network" includes the preparation of its input.
+        stages: Per image, by `STAGES`.
         multiplications: Of the network, per image.
     """
 
@@ -97,7 +97,10 @@ class Speed:
 
 @dataclass(frozen=True)
 class FolderSpeed:
-    """How fast `segcli predict` goes through a folder, from the first result to the last."""
+    """How fast `segcli predict` goes through a folder, from the first result to the last.
+
+    Of several processes results count from the first one that comes once all of them are ready.
+    """
 
     images: int  # after the first
     processes: int
@@ -240,25 +243,30 @@ def _waiting(segmenter: Segmenter) -> int:
 
 def _jobs(segmenter: Segmenter, picture: Decoded, path: Path) -> dict[str, Callable[[], object]]:
     """The stages of one batch of a picture, and what takes pixels to label maps: of a batch, and of many."""
-    batch = [picture] * segmenter.batch_size
-    assert picture.pixels is not None
-    pixels = [picture.pixels] * segmenter.batch_size
-    scores = segmenter.scores(pixels)
+    batch = [replace(picture) for _ in range(segmenter.batch_size)]
+    pixels = [segmenter.prepared(each) for each in batch]
+    scores = segmenter.scores(batch)
     result, *_ = segmenter.classified(batch, scores).results()
     if isinstance(result, ImageError):
         raise MachineError(f"{picture.item.source}: {result}")
 
+    def whole() -> None:
+        for each in batch:
+            segmenter.expect(each)
+        segmenter.begin(batch).results()
+
     def stream() -> None:
-        many = Ahead(iter([picture] * _waiting(segmenter)), segmenter.batch_size, threading.Event())
-        for _ in segmenter.compute(many):
+        many = (replace(picture) for _ in range(_waiting(segmenter)))
+        for _ in segmenter.compute(Ahead(many, segmenter.batch_size, threading.Event())):
             pass
 
     return {
         "decode": lambda: read_image(path),
-        "network": lambda: segmenter.scores(pixels),
+        "resize": lambda: segmenter.prepared(picture),
+        "network": lambda: segmenter.computed(pixels),
         "labels": lambda: segmenter.classified(batch, scores).results(),
         "encode": lambda: segmenter.encode(picture, result),
-        "whole": lambda: segmenter.begin(batch).results(),
+        "whole": whole,
         "stream": stream,
     }
 
@@ -299,10 +307,10 @@ def folder_speed(
     )
     starts = [replace(plan, processes=processes).start] * processes
     run(task, progress, Processes(task, starts) if processes > 1 else None)
-    seconds = time.monotonic() - progress.first_done
+    seconds = time.monotonic() - progress.steady_since
     if progress.failed and not progress.interrupted:
         raise MachineError(f"{progress.failed} of {images} photographs failed: {progress.failures[0][1]}")
-    return FolderSpeed(progress.done - 1, processes, seconds, progress.interrupted)
+    return FolderSpeed(progress.done - progress.done_before, processes, seconds, progress.interrupted)
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

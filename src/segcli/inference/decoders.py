@@ -26,6 +26,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ class Decoded:
     milliseconds: float = 0
     room: int = 0  # pixels to give back by `Decoders.release`
     palette: Array | None = None  # of a mask that has one, uint8 (256, 3)
+    prepared: Future[Any] | None = None  # what a network is given of it, where that is made beforehand
 
 
 @dataclass

@@ -62,7 +62,8 @@ class Progress:
     failures: list[tuple[str, str]] = field(default_factory=list)  # the first few: source, reason
     passed_over: PassedOver = field(default_factory=PassedOver)
     computing_since: float = 0  # time.monotonic() when the network was ready, 0 before
-    first_done: float = 0  # time.monotonic() of the first result, 0 before
+    steady_since: float = 0  # time.monotonic() of the first result since all processes are ready, 0 before
+    done_before: int = 0  # up to that one
     interrupted: int = 0  # the signal that ended the run
 
     @property
@@ -168,8 +169,9 @@ def _process(
 ) -> None:
     todo = Ahead(_not_done(task, book), AHEAD, stop)
 
-    def ready() -> None:
+    def ready() -> None:  # once for every process
         book.progress.computing_since = book.progress.computing_since or time.monotonic()
+        book.progress.steady_since = 0
 
     def start() -> Work[R]:
         with interrupts.getting_ready():
@@ -264,7 +266,8 @@ class _Book:
                     progress.failures.append((source, entry.reason or ""))
             else:
                 progress.done += entry.status == "done"
-                progress.first_done = progress.first_done or time.monotonic()
+                if not progress.steady_since:
+                    progress.steady_since, progress.done_before = time.monotonic(), progress.done
                 progress.skipped += entry.status == "skipped"
                 for name, share in entry.classes.items():
                     progress.pixels[name] += round(share * (entry.width or 0) * (entry.height or 0))

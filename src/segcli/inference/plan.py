@@ -42,13 +42,17 @@ class Plan:
         from segcli.inference.segmentation import Segmenter
         from segcli.models.checkpoint import load_model
 
-        if self.processes > 1:
+        device = pick_runtime(self.runtime, self.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+            torch.set_num_threads(1)  # others would only wait, and take the time of those that decode
+            if self.precision == "fp32":
+                exact_float32()
+        elif self.processes > 1:
             torch.set_num_threads(max(1, torch.get_num_threads() // self.processes))
-        if self.precision == "fp32":
-            exact_float32()
         return Segmenter(
             load_model(self.model_file),
-            pick_runtime(self.runtime, self.device),
+            device,
             self.kinds,
             self.batch_size,
             self.shorter_side,

@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 # a folder of mixed sizes. A quarter of that is enough for one size of every layer. It is read at first use.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
+PREPARING = 4  # threads that resize pictures for a GPU
 WAITING = 4  # batches of pictures that may wait for others of their size
 LIGHT = 16_000_000  # weights of a network that one thread computes small images with
 GPU_BATCH = 16  # images at a time where nothing else was asked for; halved when memory runs out
@@ -146,7 +147,13 @@ class Segmenter:
         # OpenVINO's operations cannot be traced, but they are those of the network that it was made of.
         self.estimated = finest_scores(model.network, 0) if runtime == "openvino" else self.finest_scores
         self.all_scores = InStrips(self.network, rows, working)  # of the full size
-        self.replayed = Replayed(self.finest_scores) if device.type == "cuda" else None
+        self.replayed: Replayed | None = None
+        self.preparing: ThreadPoolExecutor | None = None  # makes pixels of pictures what a GPU is given
+        if device.type == "cuda":
+            self.replayed = Replayed(self.finest_scores)
+            self.preparing = ThreadPoolExecutor(
+                PREPARING, "prepare", initializer=torch.set_num_threads, initargs=(1,)
+            )
         self.variants = None if tta == "none" else TTA[tta]
         only_labels = tta == "none" and not {"confidence", "scores"} & set(kinds)
         # On a GPU the full size costs little, and looking for borders makes it wait for the CPU.
@@ -245,6 +252,7 @@ class Segmenter:
                     more = False
                 else:
                     if picture is not None:
+                        self.expect(picture)
                         alone = id(picture) if picture.room else 0
                         waiting.setdefault((alone, *self._seen(picture)), deque()).append(picture)
                         last = time.perf_counter()
@@ -317,9 +325,8 @@ class Segmenter:
     def begin(self, pictures: Sequence[Decoded]) -> Batch:
         """Ask the device for the segmentations of pictures that the network sees at one size."""
         begun = time.perf_counter()
-        images = [_pixels(picture) for picture in pictures]
-        refusals = [self._refusal(*image.shape[:2]) for image in images]
-        fitting = [image for image, refusal in zip(images, refusals, strict=True) if not refusal]
+        refusals = [self._refusal(*_pixels(picture).shape[:2]) for picture in pictures]
+        fitting = [picture for picture, refusal in zip(pictures, refusals, strict=True) if not refusal]
         scores = iter(self.scores(fitting) if fitting else [])
         return self.classified(pictures, [refusal or next(scores) for refusal in refusals], begun)
 
@@ -332,63 +339,70 @@ class Segmenter:
             f"{gib(self.memory)}; try --size 500"
         )
 
-    def scores(self, images: Sequence[npt.NDArray[np.uint8]]) -> list[Tensor | ImageError]:
-        """Scores (C, h, w) of images that the network sees at one size; fewer at a time when memory runs out.
+    def scores(self, pictures: Sequence[Decoded]) -> list[Tensor | ImageError]:
+        """Scores (C, h, w) of pictures that the network sees at one size; fewer at a time if memory runs out.
 
         They are the network's finest, at its own stride; of several variants, the mean at the size it sees.
-
-        Args:
-            images: uint8 (H, W, 3).
         """
         try:
-            with torch.inference_mode():
-                return self._computed(self._uploaded(images))
+            pixels = []
+            for picture in pictures:
+                expected, picture.prepared = picture.prepared, None  # it is made anew if this fails
+                pixels.append(expected.result() if expected else self.prepared(picture))
+            return list(self.computed(pixels))
         except (RuntimeError, MemoryError, cv2.error) as error:
             problem = first_line(error)
             short_of_memory = is_out_of_memory(error)
         # Out of the except block the memory of the failed attempt is free.
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        if len(images) == 1:
-            height, width = network_size(images[0].shape[0], images[0].shape[1], self.preprocessing)
+        if len(pictures) == 1:
+            height, width = self._seen(pictures[0])
             if short_of_memory:
                 reason = f"there is not enough memory to compute {width} x {height} pixels; try --size 500"
             else:
                 reason = f"the network cannot compute {width} x {height} pixels: {problem}"
             return [ImageError(reason)]
-        half = len(images) // 2
+        half = len(pictures) // 2
         if short_of_memory:
             self.batch_size = max(1, min(self.batch_size, half))
-        return self.scores(images[:half]) + self.scores(images[half:])
+        return self.scores(pictures[:half]) + self.scores(pictures[half:])
 
-    def _uploaded(self, images: Sequence[npt.NDArray[np.uint8]]) -> Tensor:
-        """Images as the network sees them, uint8 (N, 3, h, w), on the device.
+    def expect(self, picture: Decoded) -> None:
+        """Let a picture that a GPU will compute be prepared in another thread."""
+        if self.preparing:
+            picture.prepared = self.preparing.submit(self.prepared, picture)
 
-        Those for a GPU go through pinned memory in a stream of their own. What this thread asks of the GPU
-        from now on waits for them, what it has asked for goes on.
+    def prepared(self, picture: Decoded) -> Tensor:
+        """A picture as the network sees it, uint8 (1, 3, h, w), where a GPU can fetch it on its own."""
+        pixels = to_pixels(_pixels(picture), self.preprocessing)
+        return pixels.pin_memory() if self.copies else pixels
+
+    @torch.inference_mode()
+    def computed(self, pixels: Sequence[Tensor]) -> Tensor:
+        """The `scores` (N, C, h, w) of pictures that are `prepared`."""
+        images = self._uploaded(pixels)
+        if self.variants:
+            normal = normalize(images, self.preprocessing)
+            return average(self.all_scores, normal, self.variants, self.heads)
+        if self.replayed and self.finest_scores.count(images) == 1:
+            return self.replayed(images)
+        return self.finest_scores(images)
+
+    def _uploaded(self, pixels: Sequence[Tensor]) -> Tensor:
+        """Pictures that are `prepared` on the device, uint8 (N, 3, h, w).
+
+        Those for a GPU go there in a stream of their own. What this thread asks of the GPU from now on waits
+        for them, what it has asked for goes on.
         """
-        pixels = [to_pixels(image, self.preprocessing) for image in images]
         if self.copies is None:
-            return torch.cat(pixels).to(self.device)
-        _, channels, height, width = pixels[0].shape
-        shape = (len(pixels), height, width, channels)  # in the order in which the pixels lie
-        pinned = torch.empty(shape, dtype=torch.uint8, pin_memory=True).permute(0, 3, 1, 2)
-        torch.cat(pixels, out=pinned)
+            return torch.cat(list(pixels)).to(self.device)
         with torch.cuda.stream(self.copies):
-            found = pinned.to(self.device, non_blocking=True)
+            found = torch.cat([each.to(self.device, non_blocking=True) for each in pixels])
         computing = torch.cuda.current_stream(self.device)
         computing.wait_stream(self.copies)
         found.record_stream(computing)
         return found
-
-    def _computed(self, pixels: Tensor) -> list[Tensor | ImageError]:
-        if self.variants is None and self.replayed and self.finest_scores.count(pixels) == 1:
-            return list(self.replayed(pixels))
-        if self.variants is None:
-            return list(self.finest_scores(pixels))
-        return list(
-            average(self.all_scores, normalize(pixels, self.preprocessing), self.variants, self.heads)
-        )
 
     def classified(
         self, pictures: Sequence[Decoded], scores: Sequence[Tensor | ImageError], begun: float = 0
