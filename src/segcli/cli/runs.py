@@ -55,7 +55,7 @@ def default_workers(gpu: bool = False, processes: int = 1) -> int:
 
 
 def default_processes(gpu: int, images: Callable[[], int]) -> int:
-    """How many processes compute: one, but for a GPU and many images one for every four cores.
+    """How many processes compute: one, but for a GPU and many images one for every two cores, at most 8.
 
     One process runs one line of Python at a time, and cannot keep a large GPU busy. But every one takes
     seconds to start, and memory of the GPU.
@@ -64,7 +64,7 @@ def default_processes(gpu: int, images: Callable[[], int]) -> int:
         gpu: The bytes of memory of the GPU, 0 without one.
         images: Counts the inputs, or as many as are `MANY`.
     """
-    most = min(cores() // 4, gpu // GPU_SHARE)
+    most = min(8, cores() // 2, gpu // GPU_SHARE)
     return most if most > 1 and images() >= MANY else 1
 
 

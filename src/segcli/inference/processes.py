@@ -45,6 +45,7 @@ class _Member:
     connection: Connection[Any, Any]
     most: int = 0  # inputs that keep it busy; 0 while it is getting ready
     held: dict[str, Input] = field(default_factory=dict)  # by absolute source
+    finishing: bool = False  # was told that it gets no more
     ended: bool = False
 
     def tell(self, command: str, *arguments: Any) -> None:
@@ -101,6 +102,8 @@ class Processes:
                     member.ended |= not member.most  # one that is still getting ready holds nothing
             if not told:
                 more = self._hand_out(todo, more)
+                if not (more or self._suspects):
+                    self._finish()
             left = more or self._suspects or any(member.held for member in self._members)
             if all(member.ended for member in self._members) or not (told or left):
                 return self._all_lived
@@ -137,13 +140,20 @@ class Processes:
             member.tell("give", [replace(item, source=source)])
         return more
 
+    def _finish(self) -> None:
+        """Tell the stations that nothing comes any more: they need not wait for what would fill a batch."""
+        for member in self._members:
+            if not member.finishing:
+                member.finishing = True
+                member.tell("finish")
+
     def _freest(self) -> _Member | None:
         """The station with room that holds the fewest inputs; one with a suspect has no room for others."""
         free = [
             member
             for member in self._members
             if len(member.held) < member.most
-            and not member.ended
+            and not (member.ended or member.finishing)
             and not member.held.keys() & self._tries.keys()
         ]
         return min(free, key=lambda member: len(member.held), default=None)

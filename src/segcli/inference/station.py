@@ -52,10 +52,14 @@ class Station:
         for item in items:
             self._inputs.put(item)
 
+    def finish(self) -> None:
+        """There are no more inputs."""
+        self._inputs.put(None)
+
     def stop(self) -> None:
         """Finish what is being computed, and drop the others."""
         self._stop.set()
-        self._inputs.put(None)
+        self.finish()
 
     def _run(self) -> None:
         task, stop = self._task, self._stop
