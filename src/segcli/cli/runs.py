@@ -28,7 +28,7 @@ app = typer.Typer(help="Look at runs, and merge the shards of one.", no_args_is_
 Out = Annotated[str, typer.Argument(metavar="DIR", help="An output folder of segcli, or its URL.")]
 LINE_EVERY = 30  # seconds between two lines about the progress, where there is no terminal
 SHOWN_CLASSES = 12
-MANY = 2000  # images for which it pays to start several processes
+MANY = 5000  # images for which it pays to start several processes
 GPU_SHARE = 6 << 30  # bytes of a GPU's memory that a process may need
 
 Overwrite = Annotated[
@@ -55,16 +55,16 @@ def default_workers(gpu: bool = False, processes: int = 1) -> int:
 
 
 def default_processes(gpu: int, images: Callable[[], int]) -> int:
-    """How many processes compute: one, but for a GPU and many images one for every two cores, at most 8.
+    """How many processes compute: one, but for a GPU and many images one for every four cores, at most 8.
 
-    One process runs one line of Python at a time, and cannot keep a large GPU busy. But every one takes
+    One process runs one line of Python at a time, and keeps eight cores or so busy. But every one takes
     seconds to start, and memory of the GPU.
 
     Args:
         gpu: The bytes of memory of the GPU, 0 without one.
         images: Counts the inputs, or as many as are `MANY`.
     """
-    most = min(8, cores() // 2, gpu // GPU_SHARE)
+    most = min(8, cores() // 4, gpu // GPU_SHARE)
     return most if most > 1 and images() >= MANY else 1
 
 

@@ -136,7 +136,8 @@ def dataset(job: Job, places: Places, mailbox: Any, alone: bool) -> ray.data.Dat
         ),
         num_cpus=places.cpus,
         num_gpus=places.gpus,
-        **tables,
+        batch_format="pyarrow",
+        batch_size=1,  # a block has one row; for GPUs Ray wants to be told
         **retries,
     )
 
