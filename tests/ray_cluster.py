@@ -12,11 +12,11 @@ from typing import IO
 CLUSTER = """
 import sys
 from ray.cluster_utils import Cluster
-node = dict(num_cpus=2, object_store_memory=100 << 20, include_dashboard=False)
+each = dict(num_cpus=2, num_gpus=int(sys.argv[1]), object_store_memory=100 << 20)
 for tries_left in (2, 1, 0):
     try:
-        cluster = Cluster(initialize_head=True, head_node_args=node)
-        other = cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
+        cluster = Cluster(initialize_head=True, head_node_args={**each, "include_dashboard": False})
+        other = cluster.add_node(**each)
         break
     except Exception:  # Ray gives a node 30 s to start, which a busy machine may take
         if not tries_left:
@@ -26,7 +26,7 @@ for line in sys.stdin:
     if line == "kill\\n":
         cluster.remove_node(other, allow_graceful=False)
     else:
-        other = cluster.add_node(num_cpus=2, object_store_memory=100 << 20)
+        other = cluster.add_node(**each)
     print(line, end="", flush=True)
 cluster.shutdown()
 """
@@ -48,11 +48,15 @@ class Nodes:
 
 
 @contextlib.contextmanager
-def two_nodes() -> Iterator[Nodes]:
-    """The cluster, while the block runs."""
+def two_nodes(gpus: int = 0) -> Iterator[Nodes]:
+    """The cluster, while the block runs.
+
+    Args:
+        gpus: That every node claims to have. Ray believes it; what looks for one itself finds none.
+    """
     ours = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0", "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", CLUSTER],
+        [sys.executable, "-W", "ignore", "-c", CLUSTER, str(gpus)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

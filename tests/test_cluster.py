@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from processes import Process, run, wait_until
 from ray_cluster import Nodes, two_nodes
 from results import tree
@@ -77,6 +78,18 @@ def test_a_node_is_killed_in_the_middle(many: Path, cluster: Nodes, tmp_path: Pa
     code, errors = run(*PREDICT, "-m", small_model(), folder=tmp_path)
     assert code == 1
     assert f"0 done, {MANY} done before, 1 failed" in errors
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the claim would be true")
+def test_actors_start_on_a_gpu_that_ray_was_told_of_and_look_for_it_themselves(tmp_path: Path) -> None:
+    save_picture(tmp_path / "in/a.png")
+    command = (*PREDICT, "-m", small_model(), *ACTORS, "--gpus-per-actor", 0.5)
+    with two_nodes(gpus=1) as nodes:
+        code, errors = run(*command, "--ray-address", nodes.address, folder=tmp_path)
+    first, second = errors.splitlines()[:2]
+    assert first.startswith("Segmenting 1 image with small (21 classes) on 2 actors of 0.5 GPU on 2 machines")
+    assert second.startswith("Error: --device cuda: PyTorch sees no GPU on this machine")
+    assert code == 2
 
 
 # Python runs this in every process before anything else: an actor meets its fate by the picture.
