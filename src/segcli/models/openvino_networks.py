@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from segcli.errors import UsageError
 from segcli.models.fcn import FCN, Features, Network
 from segcli.models.prepared import interpolating, sharing_copy
-from segcli.models.vgg import VGG16FCN, convolution_names
-from segcli.models.windowed import STAGES, WindowedVGG16
+from segcli.models.vgg import VGG16FCN
+from segcli.models.windowed import PATCHES, STAGES, WindowedVGG16
 
 if TYPE_CHECKING:
     import openvino
@@ -105,7 +105,15 @@ class WindowedByOpenVino(WindowedVGG16):
             )
             for stage in STAGES
         }
-        self._whole = compiler.compiled("fc7", network, partial(fc7_of, network), self._channels(5))
+        self._by_patches = compiler.precision == "f32" and not compiler.for_int8
+        if self._by_patches:
+            covered = network.fc6.weight[0].numel()
+            self._stage5 = compiler.compiled(
+                "stage 5", network, partial(network.encode_stage, stage=5), self._channels(5)
+            )
+            self._whole = compiler.compiled("fc7", network, partial(fc7_of_patches, network), covered)
+        else:
+            self._whole = compiler.compiled("fc7", network, partial(fc7_of, network), self._channels(5))
 
     def _channels(self, stage: int) -> int:
         return self._convolution(f"conv{stage}_1").in_channels
@@ -114,20 +122,35 @@ class WindowedByOpenVino(WindowedVGG16):
         return self._stages[stage](u)[0]
 
     def compute_whole(self, pool4: Tensor) -> Tensor:
-        return self._whole(pool4)[0]
+        if not self._by_patches:
+            return self._whole(pool4)[0]
+        # In fp32 OpenVINO takes a third longer for a kernel of 7 x 7 on so few pixels than for their product.
+        (pool5,) = self._stage5(pool4)
+        kernel = self._convolution("fc6").weight[0]
+        side, width = kernel.shape[-1], pool5.shape[3] - kernel.shape[-1] + 1
+        rows = max(1, PATCHES // (width * kernel.numel()))
+        strips = []
+        for top in range(0, pool5.shape[2] - side + 1, rows):
+            patches = F.unfold(pool5[:, :, top : top + rows + side - 1], side)
+            strips += self._whole(patches.view(1, kernel.numel(), -1, width))
+        return torch.cat(strips, 2)
 
 
 def window_of(network: WindowedVGG16, stage: int, u: Tensor) -> Tensor:
-    """What `compute_window` gives, in the order in which OpenVINO joins operations, pooled in one of them."""
-    for name in convolution_names(stage):
-        u = network.rectified(network.convolved(u, name), name)
-    return F.max_pool2d(u, 2)
+    """What `compute_window` gives, pooled in one operation."""
+    return network.pooled_window(u, stage, partial(F.max_pool2d, kernel_size=2))
 
 
 def fc7_of(network: VGG16FCN, pool4: Tensor) -> Tensor:
     """What the network makes of pool4, with fc6 as a convolution."""
     pool5 = network.encode_stage(pool4, 5)
     return F.relu(network.fc7(F.relu(network.fc6(pool5))))
+
+
+def fc7_of_patches(network: VGG16FCN, patches: Tensor) -> Tensor:
+    """The same from all that fc6's kernel covers at every pixel, (1, 7 * 7 * 512, h, w)."""
+    weight = network.fc6.weight.flatten(1)[:, :, None, None]
+    return F.relu(network.fc7(F.relu(F.conv2d(patches, weight, network.fc6.bias))))
 
 
 class Part(nn.Module):
@@ -156,6 +179,10 @@ class Compiler:
     precision: str
     seen: dict[str, Ranges] | None = None
     quantized: dict[str, Ranges] | None = None
+
+    @property
+    def for_int8(self) -> bool:
+        return self.seen is not None or self.quantized is not None
 
     def compiled(
         self,

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 import threading
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -234,22 +235,26 @@ class WindowedVGG16(Network):
         return Features(pool3=maps[3], pool4=maps[4], fc7=self.compute_whole(maps[4]))
 
     def compute_window(self, u: Tensor, stage: int) -> Tensor:
-        """What a stage (1 to 4) makes of its widened window; both are differences.
+        """What a stage (1 to 4) makes of its widened window; both are differences."""
+        return self.pooled_window(u, stage, halved)
+
+    def pooled_window(self, u: Tensor, stage: int, pool: Callable[[Tensor], Tensor]) -> Tensor:
+        """The same by any way of pooling.
 
         Its last ReLU comes after pooling, where it has a quarter of the numbers to do: the maximum of some
         numbers that are raised to a floor is their maximum, raised to it.
         """
         *names, last = convolution_names(stage)
         for name in names:
-            u = self.rectified(self.convolved(u, name), name)
-        return self.rectified(halved(self.convolved(u, last)), last)
+            u = self._rectified(self._convolved(u, name), name)
+        return self._rectified(pool(self._convolved(u, last)), last)
 
-    def convolved(self, u: Tensor, name: str) -> Tensor:
+    def _convolved(self, u: Tensor, name: str) -> Tensor:
         """What a convolution makes of differences. The window grows by all outputs that see a pixel of it."""
         weight = self._convolution(name).weight
         return F.conv2d(u, weight, self.get_buffer(f"{name}_bias"), padding=weight.shape[-1] - 1)
 
-    def rectified(self, u: Tensor, name: str) -> Tensor:
+    def _rectified(self, u: Tensor, name: str) -> Tensor:
         """The ReLU after a convolution, of differences, in place."""
         return u.clamp_(min=self.get_buffer(f"{name}_floor").to(u.dtype))
 
