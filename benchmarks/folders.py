@@ -4,8 +4,8 @@
 
 Two models, FCN-8s on VGG16 with random weights and the default one. Of each, with masks and overlays:
 
-- images/s on a folder of 500 x 375 photos, as `segcli bench` measures them, beside the network alone and
-  beside decoding and encoding alone on one core
+- images/s on a folder of 500 x 375 photos, as `segcli bench` measures them, beside the network alone, with
+  all threads and with one, and beside decoding and encoding alone on one core
 - peak memory of `segcli predict` on a folder of mixed sizes, beside one photo of the largest of them
 - peak memory of FCN-8s VGG16 on one large photo
 
@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 from peers import random_model, random_vgg16
@@ -46,22 +47,29 @@ def vgg16(folder: Path) -> str:
     return str(path)
 
 
-def speed(model: str, images: int, rounds: int) -> None:
-    """Print medians of what `segcli bench` finds."""
+def bench(model: str, images: int, **environment: str) -> dict[str, Any]:
+    """What `segcli bench` finds."""
     command = [*SEGCLI, "bench", "--model", model, "--images", str(images), "--runs", "5", "--json", "-q"]
-    found = [json.loads(subprocess.check_output(command)) for _ in range(rounds)]
+    found: dict[str, Any] = json.loads(subprocess.check_output(command, env={**os.environ, **environment}))
+    return found
+
+
+def speed(model: str, images: int, rounds: int) -> None:
+    """Print medians."""
     rows = []
-    for each in found:
-        (size,), folder = each["sizes"], each["folder"]
+    for _ in range(rounds):
+        found, one_thread = bench(model, images), bench(model, 0, OMP_NUM_THREADS="1")
+        (size,), (alone,) = found["sizes"], one_thread["sizes"]
         stages = {name: timing["median"] for name, timing in size["stages_ms"].items()}
-        network = size["images_per_second"]
         files = 1e3 / (stages["decode"] + stages["encode"])
-        rows.append((folder["images_per_second"], network, files))
-    folder_rate, network, files = (statistics.median(column) for column in zip(*rows, strict=True))
+        rates = found["folder"]["images_per_second"], size["images_per_second"], alone["images_per_second"]
+        rows.append((*rates, files))
+    folder, network, one, files = (statistics.median(column) for column in zip(*rows, strict=True))
     print(
-        f"  {images} photos: {folder_rate:.2f} images/s; network and labels alone {network:.2f} "
-        f"({folder_rate / network:.0%}), decode and encode alone {files:.2f}; "
-        f"{folder_rate / min(network, files):.0%} of the slower, in {found[0]['precision']}"
+        f"  {images} photos: {folder:.2f} images/s in {found['precision']}\n"
+        f"  decode and encode alone on one core: {files:.2f}\n"
+        f"  network and labels alone: {network:.2f}, of the slower {folder / min(network, files):.0%}\n"
+        f"  the same on one thread: {one:.2f}, of the slower {folder / min(one, files):.0%}"
     )
 
 
