@@ -182,15 +182,19 @@ def test_nothing_of_ray_is_imported_by_the_local_engine(tmp_path: Path) -> None:
     assert process.stdout == "0 set()\n", process.stderr
 
 
-def test_an_unknown_precision_is_refused_before_ray_is_asked(tmp_path: Path) -> None:
+def test_unknown_names_are_refused_before_ray_is_asked(tmp_path: Path) -> None:
     save_picture(tmp_path / "in/a.png")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         nobody = f"127.0.0.1:{taken.getsockname()[1]}"
     command = ("predict", "in", "-m", small_model(), "--engine", "ray", "--ray-address", nobody)
-    for name, told in (("fp23", "'fp23' is unknown"), ("int8", "int8 needs --runtime openvino")):
-        code, errors = run(*command, "--precision", name, folder=tmp_path)
+    for option, name, told in (
+        ("--precision", "fp23", "'fp23' is unknown"),
+        ("--precision", "int8", "int8 needs --runtime openvino"),
+        ("--runtime", "tensorrt", "'tensorrt' is unknown"),
+    ):
+        code, errors = run(*command, option, name, folder=tmp_path)
         assert (code, len(errors.splitlines())) == (2, 1)
-        assert errors.startswith(f"Error: --precision {told}")
+        assert errors.startswith(f"Error: {option} {told}")
 
 
 def test_without_the_extra_it_says_what_to_install(tmp_path: Path) -> None:

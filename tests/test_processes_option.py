@@ -14,8 +14,12 @@ from processes import Process, run, wait_until
 from results import tree
 from small_model import save_picture, small_model
 
+from segcli.cli.runs import MANY, count_up_to_many, default_processes
 from segcli.device import pick_devices
 from segcli.errors import UsageError
+from segcli.images import SUFFIXES
+from segcli.inference.shards import Shard
+from segcli.inference.sources import parse
 
 
 def predict(folder: Path, *arguments: object, **more: str) -> tuple[int, str]:
@@ -136,6 +140,44 @@ def test_a_model_that_cannot_be_used_is_told_once(eight: Path, tmp_path: Path) -
     assert code == 2
     assert "bad.safetensors" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    ("gib", "devices", "images", "expected"),
+    [
+        (80, 1, MANY, 4),  # one for every four cores
+        (80, 2, MANY, 2),
+        (80, 4, MANY, 1),
+        (80, 1, MANY - 1, 1),  # they would not pay
+        (16, 1, MANY, 2),  # 6 GiB for each
+        (8, 1, MANY, 1),
+    ],
+)
+def test_processes_that_feed_a_gpu(
+    gib: int, devices: int, images: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segcli.cli.runs.cores", lambda: 16)
+    assert default_processes(gib << 30, devices, lambda: images) == expected
+
+
+def test_without_a_gpu_nothing_is_counted() -> None:
+    assert default_processes(0, 1, lambda: pytest.fail("it was counted")) == 1
+
+
+def test_inputs_are_counted_but_for_those_of_stores_and_stdin(tmp_path: Path) -> None:
+    for name in "abc":
+        save_picture(tmp_path / f"in/{name}.png")
+    (tmp_path / "list").write_text("in/a.png\nin/b.png\n" * 4)
+
+    def counted(source: str | None, list_file: str | None = None, shard: Shard | None = None) -> int:
+        return count_up_to_many(parse([source] if source else [], list_file, "masks", SUFFIXES), shard)
+
+    assert counted(str(tmp_path / "in")) == 3
+    assert sum(counted(str(tmp_path / "in"), shard=Shard(number, 2)) for number in (1, 2)) == 3
+    assert counted(None, str(tmp_path / "list")) == 8
+    assert counted(None, str(tmp_path / "list"), Shard(1, 2)) == 4
+    assert counted("-") == 0
+    assert counted("s3://bucket/photos") == 0
 
 
 def test_devices_by_name() -> None:

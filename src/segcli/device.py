@@ -1,13 +1,20 @@
-"""Which device, which precision and which library to compute with."""
+"""Which device, which precision and which library to compute with.
+
+Functions import torch when they run: that a name is wrong is told without it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib.util import find_spec
-
-import torch
+from typing import TYPE_CHECKING
 
 from segcli.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+RUNTIMES = ("torch", "openvino")
 
 
 def pick_device(name: str) -> torch.device:
@@ -16,6 +23,8 @@ def pick_device(name: str) -> torch.device:
     Raises:
         UsageError: The name is unknown, or the device is not there.
     """
+    import torch
+
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda", 0)
@@ -34,6 +43,12 @@ def pick_device(name: str) -> torch.device:
     return torch.device(kind)
 
 
+def check_runtime(name: str) -> None:
+    """Raise UsageError for a library that is unknown."""
+    if name not in RUNTIMES:
+        raise UsageError(f"--runtime {name!r} is unknown; use {' or '.join(RUNTIMES)}")
+
+
 def pick_runtime(runtime: str, device: str) -> torch.device:
     """The device of that name, see `pick_device`, for a library that computes: torch or openvino.
 
@@ -42,8 +57,7 @@ def pick_runtime(runtime: str, device: str) -> torch.device:
     Raises:
         UsageError: The library is unknown or not installed, or the device is not there or not for it.
     """
-    if runtime not in ("torch", "openvino"):
-        raise UsageError(f"--runtime {runtime!r} is unknown; use torch or openvino")
+    check_runtime(runtime)
     if runtime == "torch":
         return pick_device(device)
     if find_spec("openvino") is None:
@@ -59,6 +73,8 @@ def pick_devices(name: str) -> list[str]:
     Raises:
         UsageError: The name is unknown, or the device is not there.
     """
+    import torch
+
     if name != "cuda:all":
         return [str(pick_device(name))]
     pick_device("cuda")
@@ -67,16 +83,22 @@ def pick_devices(name: str) -> list[str]:
 
 def memory_of_gpu(device: torch.device) -> int:
     """The bytes of a CUDA device; 0 of others, which share the machine's."""
+    import torch
+
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
 
 
 def exact_float32() -> None:
     """Let GPUs convolve float32 numbers as such. By default they round them to the 10 bits of TF32."""
+    import torch
+
     torch.backends.cudnn.allow_tf32 = False
 
 
 def describe(device: torch.device) -> str:
     """The device for people, such as `cuda:0 (NVIDIA H200)` or `cpu (2 threads)`."""
+    import torch
+
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"cpu ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
@@ -96,6 +118,8 @@ def pick_precision(name: str, device: torch.device, runtime: str = "torch") -> s
     Raises:
         UsageError: The name is unknown, or device or library cannot compute in that precision.
     """
+    import torch
+
     check_precision(name, runtime)
     if name == "fp16" and device.type == "cpu":
         raise UsageError("--precision fp16 needs a GPU; use bf16 or fp32 on the CPU")

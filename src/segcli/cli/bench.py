@@ -104,7 +104,7 @@ def bench(
         if images:
             progress.say(f"Segmenting a folder of {images} photographs.")
             gpu = memory_of_gpu(picked)
-            crew = of_the_device or default_processes(gpu, lambda: images)
+            crew = of_the_device or default_processes(gpu, 1, lambda: images)
             used = default_workers(gpu > 0, crew) if workers is None else workers
             whole = benchmark.folder_speed(segmenter, plan, crew, found_sizes, images, used, folder)
             if whole.interrupted:

@@ -179,6 +179,7 @@ def predict(
       segcli predict 'photos/**/*.jpg' -o masks/ --save mask,compare
       find photos -size +100k -print0 | segcli predict - --out masks/
     """
+    from segcli.device import check_precision, check_runtime
     from segcli.files import sha256
     from segcli.images import SUFFIXES
     from segcli.inference.engine import Helpers, Progress
@@ -202,6 +203,8 @@ def predict(
     of_each_device = number_or_auto(processes, "--processes")
     variants_of(tta)
     most = memory_of(memory)
+    check_runtime(runtime)
+    check_precision(precision, runtime)
     check_tile(tile, runtime)
     asked = {
         "--ray-address": ray_address,
@@ -230,14 +233,14 @@ def predict(
 
     kept = None if overwrite or precision != "auto" else kept_precision(results)
     devices, precision, gpu = where_to_compute(device, runtime, precision, kept, cluster)
-    devices *= of_each_device or default_processes(gpu, lambda: count_up_to_many(found))
+    devices *= of_each_device or default_processes(gpu, len(devices), lambda: count_up_to_many(found, part))
     weights = sha256(model_file)
     readers = default_workers(gpu > 0, len(devices)) if workers is None else workers
     ranges = None
     rare = {} if out_format == "files" else {"out_format": out_format}  # settings of such runs only
     if precision == "int8":
         calibration = calibration_for(
-            model_file, weights, size, found, results, calibrate, readers, overwrite, part, terminal
+            model_file, weights, size, found, results, calibrate, readers, most, overwrite, part, terminal
         )
         ranges = calibration.ranges
         rare["calibration"] = calibration.digest
@@ -351,6 +354,7 @@ def calibration_for(
     out: Storage,
     count: int,
     workers: int,
+    memory: int,
     overwrite: bool,
     shard: Shard | None,
     terminal: Terminal,
@@ -369,7 +373,7 @@ def calibration_for(
         if ("list", "-") in sources.entries:
             raise UsageError("--precision int8 reads some images first, so give the list as a file: --list")
         terminal.say("Calibrating int8 on some of the images.")
-        found = calibrate(load_model(model_file), weights, size, sources, count, workers)
+        found = calibrate(load_model(model_file), weights, size, sources, count, workers, memory)
         keep(out, found)
     on = f"{found.held_out} other images" if found.held_out else "the same images"
     terminal.say(

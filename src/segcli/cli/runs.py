@@ -54,32 +54,35 @@ def default_workers(gpu: bool = False, processes: int = 1) -> int:
     return max(1, max(least, min(most, cores() // 2)) // processes)
 
 
-def default_processes(gpu: int, images: Callable[[], int]) -> int:
-    """How many processes compute: one, but for a GPU and many images one for every four cores, at most 8.
+def default_processes(gpu: int, devices: int, images: Callable[[], int]) -> int:
+    """How many processes compute on each device: one, but for a GPU and many images one for every four cores.
 
     One process runs one line of Python at a time, and keeps eight cores or so busy. But every one takes
     seconds to start, and memory of the GPU.
 
     Args:
-        gpu: The bytes of memory of the GPU, 0 without one.
+        gpu: The bytes of memory of a GPU, 0 without one.
+        devices: How many there are.
         images: Counts the inputs, or as many as are `MANY`.
     """
-    most = min(8, cores() // 4, gpu // GPU_SHARE)
+    most = min(8, cores() // (4 * devices), gpu // GPU_SHARE)
     return most if most > 1 and images() >= MANY else 1
 
 
-def count_up_to_many(sources: Sources) -> int:
+def count_up_to_many(sources: Sources, shard: Shard | None) -> int:
     """The number of inputs, at most `MANY`; 0 of those that a store or stdin would have to tell."""
-    from segcli.inference.sources import PassedOver, discover
+    from segcli.inference.shards import inputs
+    from segcli.inference.sources import PassedOver
     from segcli.inference.storage import is_url
 
     (kind, path), *_ = sources.entries
     if kind == "list":
         content = b"" if path == "-" else Path(path).read_bytes()
-        return min(MANY, content.count(b"\n") + content.count(b"\0"))
+        lines = content.count(b"\n") + content.count(b"\0")
+        return min(MANY, lines // shard.count if shard else lines)
     if any(is_url(path) for _, path in sources.entries):
         return 0
-    return sum(1 for _ in itertools.islice(discover(sources, PassedOver()), MANY))
+    return sum(1 for _ in itertools.islice(inputs(sources, PassedOver(), shard), MANY))
 
 
 def refuse_empty(sources: Sources, noun: str) -> None:

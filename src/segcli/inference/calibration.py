@@ -11,12 +11,10 @@ import hashlib
 import heapq
 import json
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -28,7 +26,7 @@ from segcli.inference.sources import Input, PassedOver, Sources, discover
 from segcli.inference.storage import Storage
 from segcli.models.checkpoint import Model
 from segcli.models.fcn import Network
-from segcli.models.preprocessing import to_tensor
+from segcli.models.preprocessing import Preprocessing, normalize, to_pixels
 
 if TYPE_CHECKING:
     from segcli.models.quantized import Ranges
@@ -36,8 +34,6 @@ if TYPE_CHECKING:
 FILE = f"{RUN_FOLDER}/calibration.json"
 HELD_OUT = 4  # every fourth image
 SIDE = 1024  # pixels of an image that are looked at, down and across
-
-Image = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -81,7 +77,7 @@ def keep(out: Storage, calibration: Calibration) -> None:
 
 
 def calibrate(
-    model: Model, weights: str, size: int | None, sources: Sources, count: int, workers: int
+    model: Model, weights: str, size: int | None, sources: Sources, count: int, workers: int, memory: int
 ) -> Calibration:
     """Look at up to `count` of the inputs, the held out ones included.
 
@@ -91,6 +87,7 @@ def calibrate(
         sources: The inputs.
         count: Of images.
         workers: Processes that read them.
+        memory: Bytes that this may take: an image that needs more is not looked at.
 
     Raises:
         UsageError: No image can be read, or OpenVINO cannot compute the network.
@@ -100,10 +97,9 @@ def calibrate(
     preprocessing = model.info.preprocessing
     if size is not None:
         preprocessing = replace(preprocessing, shorter_side=size)
-    images = list(_read(_chosen(sources, count), sources, workers))
-    if not images:
+    inputs = _seen(_chosen(sources, count), sources, workers, memory, preprocessing)
+    if not inputs:
         raise UsageError("--precision int8: none of the images that it would be calibrated on can be read")
-    inputs = [to_tensor(image, preprocessing)[:, :, :SIDE, :SIDE] for image in images]
     held_out = inputs[HELD_OUT - 1 :: HELD_OUT]
     looked_at = [tensor for number, tensor in enumerate(inputs, 1) if number % HELD_OUT]
     ranges, exact = ranges_on(model.network, looked_at)
@@ -136,12 +132,19 @@ def _chosen(sources: Sources, count: int) -> list[Input]:
     )
 
 
-def _read(items: list[Input], sources: Sources, workers: int) -> Iterator[Image]:
-    """The images of those that can be read, in their order."""
+def _seen(
+    items: list[Input], sources: Sources, workers: int, memory: int, preprocessing: Preprocessing
+) -> list[Tensor]:
+    """What a network sees of the images that can be read, in their order, float (1, 3, H, W).
+
+    Of large ones it is a corner: images that are held one beside the other need little memory then.
+    """
     stop = threading.Event()
-    decoders = Decoders(workers, "image", stop, remote=sources.may_be_remote)
-    found: dict[str, Any] = {}
+    decoders = Decoders(workers, "image", stop, remote=sources.may_be_remote, memory=memory)
+    found: dict[str, Tensor] = {}
     for picture in decoders.run(Ahead(iter(items), len(items) or 1, stop)):
-        found[picture.item.source] = picture.pixels
+        if picture.pixels is not None:
+            pixels = to_pixels(picture.pixels, preprocessing)[:, :, :SIDE, :SIDE].clone()
+            found[picture.item.source] = normalize(pixels, preprocessing)
         decoders.release(picture)
-    return (found[item.source] for item in items if found.get(item.source) is not None)
+    return [found[item.source] for item in items if item.source in found]
