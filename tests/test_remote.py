@@ -110,6 +110,30 @@ def holding_back(store: Store, name: str) -> threading.Event:
 # ---- the same tree, wherever it lies ----
 
 
+def test_from_bucket_to_bucket_on_ray(
+    store: Store, photos: Path, masks: dict[str, bytes], tmp_path: Path
+) -> None:
+    put_tree(photos, "in")
+    command = (
+        "predict",
+        "s3://bucket/in/",
+        "--out",
+        "s3://bucket/masks",
+        "-m",
+        small_model(),
+        "--workers",
+        0,
+    )
+    on_ray = ("--engine", "ray", "--num-actors", 2, "--cpus-per-actor", 1)
+    code, errors = run(*command, *on_ray, folder=tmp_path, **store.environment)
+    assert code == 0, errors
+    assert results("masks") == masks
+    assert statuses("masks") == {"done": len(NAMES)}
+    # The other engine finds nothing to do.
+    assert predict("s3://bucket/in/", "--out", "s3://bucket/masks") == 0
+    assert statuses("masks") == {"skipped": len(NAMES)}
+
+
 def test_from_bucket_to_bucket_as_on_a_disk(store: Store, photos: Path, masks: dict[str, bytes]) -> None:
     put_tree(photos, "in")
     assert predict("s3://bucket/in/", "--out", "s3://bucket/deep/masks") == 0

@@ -86,8 +86,8 @@ ListOnly = Annotated[
 Devices = Annotated[
     str,
     typer.Option(
-        help="auto, cpu, cuda, cuda:N, cuda:all or mps. cuda:all is one process per GPU; auto takes a GPU "
-        "when there is one."
+        help="auto, cpu, cuda, cuda:N, cuda:all or mps. cuda:all shares the images out among all GPUs; auto "
+        "takes a GPU when there is one."
     ),
 ]
 Processes = Annotated[
