@@ -147,13 +147,6 @@ class Segmenter:
         # OpenVINO's operations cannot be traced, but they are those of the network that it was made of.
         self.estimated = finest_scores(model.network, 0) if runtime == "openvino" else self.finest_scores
         self.all_scores = InStrips(self.network, rows, working)  # of the full size
-        self.replayed: Replayed | None = None
-        self.preparing: ThreadPoolExecutor | None = None  # makes pixels of pictures what a GPU is given
-        if device.type == "cuda":
-            self.replayed = Replayed(self.finest_scores)
-            self.preparing = ThreadPoolExecutor(
-                PREPARING, "prepare", initializer=torch.set_num_threads, initargs=(1,)
-            )
         self.variants = None if tta == "none" else TTA[tta]
         only_labels = tta == "none" and not {"confidence", "scores"} & set(kinds)
         # On a GPU the full size costs little, and looking for borders makes it wait for the CPU.
@@ -173,9 +166,17 @@ class Segmenter:
         count = sum(each.numel() for each in model.network.parameters())
         if device.type == "cpu" and runtime == "torch" and count <= LIGHT:
             self.side_by_side = self._affordable(self.threads, working or WORKING["cpu"])
-        gpu = device.type == "cuda"
-        self.at_once = 2 if gpu else 1  # batches that the device is asked for at a time
-        self.copies = torch.cuda.Stream(device) if gpu else None  # type: ignore[no-untyped-call]
+        self.at_once = 1  # batches that the device is asked for at a time
+        self.replayed: Replayed | None = None
+        self.preparing: ThreadPoolExecutor | None = None  # makes of pictures what a GPU is given
+        self.copies: torch.cuda.Stream | None = None  # brings it there while the GPU computes
+        if device.type == "cuda":
+            self.at_once = 2
+            self.replayed = Replayed(self.finest_scores)
+            self.preparing = ThreadPoolExecutor(
+                PREPARING, "prepare", initializer=torch.set_num_threads, initargs=(1,)
+            )
+            self.copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self.held = 2 * self.side_by_side + 1
         if self.batch_size > 1:
             self.held = (self.at_once + WAITING) * self.batch_size
