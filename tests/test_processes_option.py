@@ -46,7 +46,7 @@ def test_two_processes_make_what_one_makes(eight: Path, tmp_path: Path) -> None:
     shutil.copytree(eight / "in", tmp_path / "in")
     code, errors = predict(tmp_path, "--processes", 2)
     assert code == 1, errors
-    assert "on 2 processes (cpu, cpu) in" in errors
+    assert "on cpu (2 processes) in" in errors
     assert "9 images in" in errors
     assert "  in/bad.jpg: not an image (it starts with 'hello')" in errors
     assert tree(tmp_path / "masks") == tree(eight / "masks")

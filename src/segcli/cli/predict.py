@@ -417,13 +417,13 @@ def check_engine(engine: str, processes: int | None, of_ray: list[str]) -> None:
 
 
 def describe_devices(runtime: str, names: list[str]) -> str:
-    """The devices of this machine for people: `cpu (2 threads)`, or `2 processes (cuda:0, cuda:1)`."""
+    """The devices of this machine for people: `cpu (2 threads)`, or `cuda:0, cuda:1 (4 processes)`."""
     from segcli.device import describe, pick_runtime
 
     devices = [pick_runtime(runtime, name) for name in names]
     if len(devices) == 1:
         return describe(devices[0])
-    return f"{len(devices)} processes ({', '.join(map(str, devices))})"
+    return f"{', '.join(dict.fromkeys(map(str, devices)))} ({len(devices)} processes)"
 
 
 def number_or_auto(text: str, option: str) -> int | None:
