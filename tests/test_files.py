@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from segcli.errors import MachineError
-from segcli.files import machine_errors, require_writable, sha256, write_atomic
+from segcli.errors import MachineError, UsageError
+from segcli.files import locked, machine_errors, require_writable, sha256, write_atomic
 
 
 def test_writes_whole_files_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -68,3 +70,19 @@ def test_a_folder_that_cannot_be_written_to_is_found_at_once(tmp_path: Path) -> 
 def test_sha256(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc" * 1000)
     assert sha256(tmp_path / "a") == hashlib.sha256(b"abc" * 1000).hexdigest()
+
+
+def test_whoever_holds_a_lock_may_write_its_name_a_moment_later(tmp_path: Path) -> None:
+    with (tmp_path / "lock").open("a+") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+
+        def write() -> None:
+            held.write("process 7 on somewhere since yesterday\n")
+            held.flush()
+
+        writer = threading.Timer(0.02, write)
+        writer.start()
+        expected = "masks is in use by process 7 on somewhere since yesterday; wait for it"
+        with pytest.raises(UsageError, match=expected), locked("masks", tmp_path / "lock"):
+            pass
+        writer.join()

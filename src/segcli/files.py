@@ -112,14 +112,23 @@ def _take(file: IO[str], folder: Path | str, shared: bool) -> None:
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.seek(0)
-        holder = file.read().strip() or "another process"
+        holder = _holder(file)
         raise UsageError(f"{folder} is in use by {holder}; wait for it, or choose another --out") from None
     file.seek(0)
     file.truncate()
     began = time.strftime("%Y-%m-%d %H:%M:%S")
     file.write(f"process {os.getpid()} on {socket.gethostname()} since {began}\n")
     file.flush()
+
+
+def _holder(file: IO[str]) -> str:
+    """Who holds a lock, as it wrote there; it may have taken it at this very moment, and write next."""
+    for _ in range(100):
+        file.seek(0)
+        if holder := file.read().strip():
+            return holder
+        time.sleep(0.01)
+    return "another process"
 
 
 def remove_leftovers(folder: Path) -> None:
