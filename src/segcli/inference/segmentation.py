@@ -10,6 +10,7 @@ asked for the next batch before the results of the last one are fetched.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
@@ -155,6 +156,10 @@ class Segmenter:
         self.classes = model.info.class_set
         self.second = model.info.second_class_set
         self.heads = [len(classes) for classes in (self.classes, self.second) if classes is not None]
+        ends = itertools.accumulate(self.heads)
+        self.used = [slice(end - count, end) for count, end in zip(self.heads, ends, strict=True)]
+        if "geometric" not in kinds:
+            del self.used[1:]  # what the second head says is not saved
         self.preprocessing = model.info.preprocessing
         if shorter_side is not None:
             self.preprocessing = replace(self.preprocessing, shorter_side=shorter_side)
@@ -446,12 +451,7 @@ class Segmenter:
 
     def _heads(self, scores: Tensor, seen: tuple[int, int], size: tuple[int, int]) -> list[Classes]:
         """What the heads say whose results are saved, from the scores (N, C, h, w) of all of them."""
-        ends = np.cumsum(self.heads).tolist()
-        used = 2 if "geometric" in self.kinds else 1
-        return [
-            self._classes(scores, slice(end - count, end), seen, size)
-            for count, end in zip(self.heads[:used], ends, strict=False)
-        ]
+        return [self._classes(scores, head, seen, size) for head in self.used]
 
     def _classes(self, scores: Tensor, head: slice, seen: tuple[int, int], size: tuple[int, int]) -> Classes:
         if self.lattice:

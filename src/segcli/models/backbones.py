@@ -85,10 +85,10 @@ class ResidualBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = x
         for number in range(1, self.depth + 1):
-            y = self.get_submodule(f"bn{number}")(self.get_submodule(f"conv{number}")(y))
+            y = getattr(self, f"bn{number}")(getattr(self, f"conv{number}")(y))
             if number < self.depth:
                 y = F.relu(y, inplace=True)
-        return F.relu(y + self.downsample(x), inplace=True)
+        return F.relu(y.add_(self.downsample(x)), inplace=True)
 
 
 # ---- MobileNetV3 ----
