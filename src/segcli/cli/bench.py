@@ -166,7 +166,7 @@ def folder_document(whole: FolderSpeed, speeds: list[Speed]) -> dict[str, Any]:
     return {
         "images": whole.images,
         "processes": whole.processes,
-        "seconds": round(whole.seconds, 3),
+        "seconds": round(whole.seconds, 6),
         "images_per_second": round(whole.images_per_second, 3),
         "of_network_and_labels": round(whole.images_per_second / alone, 3),
     }

@@ -1,11 +1,11 @@
 """From an image to its label map: tensor, network, scores, classes.
 
 On the CPU every image is computed alone, so its result cannot depend on its neighbours, not even in the
-last bit. Small images in light networks are computed side by side, a thread each: threads that share so
-little work wait for each other at every layer, and for those that decode and encode. On a GPU images of one
-size are computed together; convolutions of different batch sizes may then differ in the last bits of the
-scores, and a pixel at the border between two classes may fall to the other. A GPU computes on its own: it is
-asked for the next batch before the results of the last one are fetched.
+last bit. Small images are computed side by side, a thread each: threads that share so little work wait for
+each other at every layer, and for those that decode and encode. On a GPU images of one size are computed
+together; convolutions of different batch sizes may then differ in the last bits of the scores, and a pixel
+at the border between two classes may fall to the other. A GPU computes on its own: it is asked for the next
+batch before the results of the last one are fetched.
 """
 
 from __future__ import annotations
@@ -51,7 +51,6 @@ os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 
 PREPARING = 4  # threads that resize pictures for a GPU
 WAITING = 4  # batches of pictures that may wait for others of their size
-LIGHT = 16_000_000  # weights of a network that one thread computes small images with
 GPU_BATCH = 16  # images at a time where nothing else was asked for; halved when memory runs out
 TILE = {"auto": None, "on": 16, "off": 0}  # rows of an image at a time, see `InStrips`
 STRIP_SHARE = 8  # of the memory that a run may take, the part for one strip
@@ -168,8 +167,7 @@ class Segmenter:
         self.memory = memory
         self.threads = torch.get_num_threads()
         self.side_by_side = 0  # small images at a time, a thread each; 0 where that does not help
-        count = sum(each.numel() for each in model.network.parameters())
-        if device.type == "cpu" and runtime == "torch" and count <= LIGHT:
+        if device.type == "cpu" and runtime == "torch":
             self.side_by_side = self._affordable(self.threads, working or WORKING["cpu"])
         self.at_once = 1  # batches that the device is asked for at a time
         self.replayed: Replayed | None = None
