@@ -51,15 +51,17 @@ class Replayed:
             except RuntimeError:  # memory is short, most likely
                 self._possible = False
                 return self._function(given)
-        recording.given.copy_(given)
-        recording.graph.replay()
-        return recording.made.clone()  # the next call makes it anew
+        with torch.cuda.device(given.device):
+            recording.given.copy_(given)
+            recording.graph.replay()
+            return recording.made.clone()  # the next call makes it anew
 
     def _record(self, given: Tensor) -> _Recording:
         pool = next((each.graph.pool() for each in self._recordings.values()), None)
         graph = torch.cuda.CUDAGraph()
         own = given.clone()
         # Other threads may do what is forbidden to this one while it records.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        mode = "thread_local"
+        with torch.cuda.device(given.device), torch.cuda.graph(graph, pool=pool, capture_error_mode=mode):
             made = self._function(own)
         return _Recording(graph, own, made)
