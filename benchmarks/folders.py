@@ -29,7 +29,8 @@ from typing import Any
 import torch
 from peers import random_model, random_vgg16
 
-from segcli.inference.benchmark import Size, cpus, processor_name, write_photos
+from segcli.device import cpus
+from segcli.inference.benchmark import Size, processor_name, write_photos
 from segcli.models.checkpoint import save_model
 from segcli.models.zoo import DEFAULT_MODEL
 

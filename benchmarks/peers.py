@@ -27,9 +27,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from segcli.device import cpus
 from segcli.inference.benchmark import (
     Size,
-    cpus,
     interleaved,
     multiplications,
     processor_name,

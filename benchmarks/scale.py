@@ -20,8 +20,10 @@ from typing import TYPE_CHECKING, Any
 from segcli.inference.plan import Plan
 
 if TYPE_CHECKING:
+    from segcli.inference.ahead import Ahead
     from segcli.inference.decoders import Decoded
     from segcli.inference.manifest import Entry
+    from segcli.models.checkpoint import Model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -88,9 +90,9 @@ def tars() -> None:
 class Waiting:
     """Work that waits for a network that computes elsewhere, as on a GPU, and gives back a mask."""
 
-    batch_size = 1
+    held = 1
 
-    def compute(self, pictures: Iterator[Decoded]) -> Iterator[tuple[Decoded, Any]]:
+    def compute(self, pictures: Ahead[Decoded]) -> Iterator[tuple[Decoded, Any]]:
         for picture in pictures:
             time.sleep(COMPUTING)
             yield picture, picture.pixels
@@ -105,7 +107,7 @@ class Waiting:
 class WaitingPlan(Plan):
     """A plan for that."""
 
-    def start(self) -> Any:
+    def start(self, model: Model | None = None) -> Any:
         return Waiting()
 
 

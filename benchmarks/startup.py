@@ -18,7 +18,8 @@ from pathlib import Path
 
 from colorize import compiled_python, take_turns
 
-from segcli.inference.benchmark import Size, cpus, processor_name, write_photos
+from segcli.device import cpus
+from segcli.inference.benchmark import Size, processor_name, write_photos
 
 
 def main() -> None:

@@ -157,7 +157,7 @@ def test_a_model_that_cannot_be_used_is_told_once(eight: Path, tmp_path: Path) -
 def test_processes_that_feed_a_gpu(
     gib: int, devices: int, images: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("segcli.cli.runs.cores", lambda: 16)
+    monkeypatch.setattr("segcli.cli.runs.cpus", lambda: 16)
     assert default_processes(gib << 30, devices, lambda: images) == expected
 
 

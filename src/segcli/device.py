@@ -5,6 +5,7 @@ Functions import torch when they run: that a name is wrong is told without it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -79,6 +80,11 @@ def pick_devices(name: str) -> list[str]:
         return [str(pick_device(name))]
     pick_device("cuda")
     return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+
+
+def cpus() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def memory_of_gpu(device: torch.device) -> int:

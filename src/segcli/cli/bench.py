@@ -70,7 +70,7 @@ def bench(
     import torch
 
     from segcli import __version__
-    from segcli.device import describe, memory_of_gpu, pick_precision, pick_runtime
+    from segcli.device import cpus, describe, memory_of_gpu, pick_precision, pick_runtime
     from segcli.inference import benchmark
     from segcli.inference.plan import Plan
     from segcli.models.checkpoint import load_model
@@ -89,7 +89,7 @@ def bench(
     parameters = sum(parameter.numel() for parameter in loaded.network.parameters())
     kinds = kinds_of("mask,overlay")
     plan = Plan(model_file, device, precision, kinds, images_at_a_time, runtime=runtime, ranges=ranges)
-    segmenter = plan.start()
+    segmenter = plan.start(loaded)
     counted = segmenter.network if runtime == "torch" else prepare(loaded.network, picked)
     progress = Terminal(quiet)
     progress.say(
@@ -113,7 +113,7 @@ def bench(
         "segcli": __version__,
         "torch": torch.__version__,
         "processor": benchmark.processor_name(),
-        "cpus": benchmark.cpus(),
+        "cpus": cpus(),
         "device": describe(picked),
         "model": model_file.stem,
         "network": loaded.info.network,

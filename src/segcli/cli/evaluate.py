@@ -152,24 +152,23 @@ def get_segmenter(
     terminal: Terminal,
 ) -> tuple[Segmenter, dict[str, Any]]:
     """What computes the predictions of a model; the second result says which, and how."""
-    from segcli.device import describe, exact_float32, pick_device, pick_precision
+    from segcli.device import describe, pick_device, pick_precision
     from segcli.evaluation import matching_classes
-    from segcli.inference.segmentation import Segmenter
+    from segcli.inference.plan import Plan
     from segcli.inference.tta import variants_of
     from segcli.models.checkpoint import load_model
 
     variants_of(tta)
     device = pick_device(device_name)
     precision = pick_precision(precision, device)
-    if precision == "fp32":
-        exact_float32()
     model = load_model(model_file)
     matching_classes(model.info.class_set, dataset.class_set)
     terminal.say(
         f"{model_file.stem} on {len(dataset.samples)} images of {dataset.name} "
         f"on {describe(device)} in {precision}"
     )
-    segmenter = Segmenter(model, device, (), shorter_side=size, tta=tta, precision=precision)
+    plan = Plan(model_file, device_name, precision, (), shorter_side=size, tta=tta)
+    segmenter = plan.start(model)
     return segmenter, {
         "sha256": model.sha256,
         "size": segmenter.preprocessing.shorter_side,

@@ -15,6 +15,7 @@ import typer
 
 from segcli.cli.options import Json, Quiet
 from segcli.cli.terminal import Terminal, printable
+from segcli.device import cpus
 from segcli.errors import Interrupted, UsageError
 from segcli.inference.layout import MANIFEST_FILE, RUN_FOLDER
 
@@ -40,18 +41,13 @@ Workers = Annotated[
 ]
 
 
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def default_workers(gpu: bool = False, processes: int = 1) -> int:
     """Half of the cores, which have to encode, too: at most 8, or 2 to 16 where a GPU is to be fed.
 
     Several processes share them.
     """
     least, most = (2, 16) if gpu else (1, 8)
-    return max(1, max(least, min(most, cores() // 2)) // processes)
+    return max(1, max(least, min(most, cpus() // 2)) // processes)
 
 
 def default_processes(gpu: int, devices: int, images: Callable[[], int]) -> int:
@@ -65,7 +61,7 @@ def default_processes(gpu: int, devices: int, images: Callable[[], int]) -> int:
         devices: How many there are.
         images: Counts the inputs, or as many as are `MANY`.
     """
-    most = min(8, cores() // (4 * devices), gpu // GPU_SHARE)
+    most = min(8, cpus() // (4 * devices), gpu // GPU_SHARE)
     return most if most > 1 and images() >= MANY else 1
 
 

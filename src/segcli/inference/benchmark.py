@@ -8,7 +8,6 @@ are reported.
 from __future__ import annotations
 
 import functools
-import os
 import platform
 import statistics
 import sys
@@ -332,8 +331,3 @@ def processor_name() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-def cpus() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -110,7 +110,8 @@ def dataset(job: Job, places: Places, mailbox: Any, alone: bool) -> ray.data.Dat
     context.print_on_execution_start = False
     # Ray Data's own is to restart and try again for ever: an input that takes its actor down would do that.
     retries = {"max_restarts": -1, "max_task_retries": 0 if alone else 1}
-    tables = {"batch_size": None, "batch_format": "pyarrow"}
+    # A block has one row; for GPUs Ray wants to be told how many it gets at a time.
+    tables = {"batch_size": 1, "batch_format": "pyarrow"}
     in_flight, at_once = (1, 1) if alone else (3, 2)
     inputs = ray.data.read_datasource(
         Source(mailbox), override_num_blocks=1, num_cpus=0, label_selector=here()
@@ -136,8 +137,7 @@ def dataset(job: Job, places: Places, mailbox: Any, alone: bool) -> ray.data.Dat
         ),
         num_cpus=places.cpus,
         num_gpus=places.gpus,
-        batch_format="pyarrow",
-        batch_size=1,  # a block has one row; for GPUs Ray wants to be told
+        **tables,
         **retries,
     )
 

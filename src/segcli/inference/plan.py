@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from segcli.inference.segmentation import Segmenter
+    from segcli.models.checkpoint import Model
     from segcli.models.quantized import Ranges
 
 
@@ -30,8 +31,11 @@ class Plan:
     processes: int = 1  # among which the threads of this machine are divided
     ranges: Mapping[str, Ranges] | None = None
 
-    def start(self) -> Segmenter:
+    def start(self, model: Model | None = None) -> Segmenter:
         """Load the model onto the device.
+
+        Args:
+            model: What the file holds, where it was read before.
 
         Raises:
             UsageError: The device is not there, or the model cannot be used.
@@ -51,7 +55,7 @@ class Plan:
         elif self.processes > 1:
             torch.set_num_threads(max(1, torch.get_num_threads() // self.processes))
         return Segmenter(
-            load_model(self.model_file),
+            model or load_model(self.model_file),
             device,
             self.kinds,
             self.batch_size,
