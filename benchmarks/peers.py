@@ -1,7 +1,8 @@
 """From one photo to its label map: segcli beside what people would use instead.
 
-    OMP_NUM_THREADS=1 python benchmarks/peers.py [--size 375 500] [--rounds 5]
+    OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=2 python benchmarks/peers.py [--size 375 500] [--rounds 5]
 
+(PASSIVE is what segcli itself asks for with `--runtime openvino`, before PyTorch is imported.)
 All jobs take turns in one run; medians of wall and processor time are printed (on a busy machine believe the
 processor time), and multiplications as PyTorch counts them. Weights are random, but for the bundled models:
 time does not depend on them. Peers, each used as its documentation shows:

@@ -18,8 +18,9 @@ from segcli.cli import main
 from segcli.device import pick_runtime
 from segcli.errors import UsageError
 from segcli.models.networks import get
-from segcli.models.openvino_networks import PATCHES, REMEMBERED, with_openvino
+from segcli.models.openvino_networks import REMEMBERED, with_openvino
 from segcli.models.vgg import VGG16FCN
+from segcli.models.windowed import PATCHES
 
 CLASSES = 5
 
@@ -44,7 +45,7 @@ def image(height: int, width: int) -> torch.Tensor:
 def test_windowed_vgg16_of_any_size_against_the_released_network(
     patches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("segcli.models.openvino_networks.PATCHES", patches)
+    monkeypatch.setattr("segcli.models.windowed.PATCHES", patches)
     weights = released.vgg_weights(8, CLASSES, 0)
     fast = with_openvino(vgg(), "fp32")
     with torch.inference_mode():
@@ -62,12 +63,12 @@ def test_a_folder_of_mixed_sizes_needs_no_further_compilation(monkeypatch: pytes
 
     monkeypatch.setattr(openvino.Core, "compile_model", counted)
     fast = with_openvino(vgg(), "fp32")
-    assert len(parts) == 6  # four windows, stage 5, and fc6 with fc7
+    assert len(parts) == 13  # two windows, the products of nine convolutions by tiles, fc6 and fc7
     with torch.inference_mode():
         for height in range(20, 50, 7):
             for width in range(20, 50, 7):
                 fast(image(height, width))
-    assert len(parts) == 6
+    assert len(parts) == 13
     for options in parts:  # what it prepares for a layer and a shape is bounded, too
         assert options["CPU_RUNTIME_CACHE_CAPACITY"] == REMEMBERED
 

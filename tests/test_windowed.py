@@ -102,6 +102,20 @@ def test_scores_are_those_of_the_plain_network(stride: int) -> None:
             assert relative_error(fast(x), plain(x)) < 1e-5, (height, width)
 
 
+@pytest.mark.parametrize("stride", [8, 16, 32])
+def test_scores_by_tiles(stride: int) -> None:
+    plain = thin(stride)
+    fast, exact = WindowedVGG16(plain, by_tiles=True), thin(stride).double()
+    exactly_fast = WindowedVGG16(exact, by_tiles=True)
+    with torch.no_grad():
+        for height, width in SIZES:
+            x = image(height, width)
+            expected = exact(x.double())
+            limit = 1e-5 if height * width > 15 else 5e-5  # one place, where three scores nearly cancel
+            assert relative_error(fast(x), expected) < limit, (height, width)
+            assert relative_error(exactly_fast(x.double()), expected) < 1e-13, (height, width)
+
+
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_scores_at_sizes_drawn_by_chance(seed: int) -> None:
     plain = thin(8, seed=seed)
@@ -219,5 +233,6 @@ def test_weights_are_shared_and_nothing_is_added_to_the_model_file() -> None:
     plain = thin(8)
     fast = WindowedVGG16(plain)
     assert set(fast.state_dict()) == {f"network.{name}" for name in plain.state_dict()}
+    assert fast.state_dict().keys() == WindowedVGG16(plain, by_tiles=True).state_dict().keys()
     assert fast.network.fc6.weight is plain.fc6.weight
     assert (fast.num_classes, fast.stride, fast.training) == (CLASSES, 8, False)

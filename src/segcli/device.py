@@ -65,6 +65,9 @@ def pick_runtime(runtime: str, device: str) -> torch.device:
         raise UsageError("--runtime openvino needs OpenVINO; run: pip install 'segcli[openvino]'")
     if device not in ("auto", "cpu"):
         raise UsageError(f"--runtime openvino computes on the processor; leave out --device {device}")
+    # PyTorch's threads turn in circles while they wait, on processors that OpenVINO's threads want. They read
+    # this when torch is first imported, here or in a process that this one starts.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return pick_device("cpu")
 
 

@@ -67,17 +67,19 @@ def bench(
     terminal = Terminal(quiet, json, answers=True)
     model_file = get_model(model, terminal, offline)
 
+    from segcli.device import cpus, describe, memory_of_gpu, pick_precision, pick_runtime
+
+    picked = pick_runtime(runtime, device)  # first: it says how the threads of PyTorch are to wait
+
     import torch
 
     from segcli import __version__
-    from segcli.device import cpus, describe, memory_of_gpu, pick_precision, pick_runtime
     from segcli.inference import benchmark
     from segcli.inference.plan import Plan
     from segcli.models.checkpoint import load_model
     from segcli.models.prepared import prepare
     from segcli.models.preprocessing import to_tensor
 
-    picked = pick_runtime(runtime, device)
     precision = pick_precision(precision, picked, runtime)
     loaded = load_model(model_file)
     ranges = None

@@ -23,7 +23,8 @@ from segcli.errors import UsageError
 from segcli.models.fcn import FCN, Features, Network
 from segcli.models.prepared import interpolating, sharing_copy
 from segcli.models.vgg import VGG16FCN
-from segcli.models.windowed import PATCHES, STAGES, WindowedVGG16
+from segcli.models.windowed import BY_MATRIX, BY_TILES, STAGES, WindowedVGG16
+from segcli.models.winograd import Product
 
 if TYPE_CHECKING:
     import openvino
@@ -94,24 +95,28 @@ class OpenVinoNetwork(Network):
 
 
 class WindowedByOpenVino(WindowedVGG16):
-    """A VGG16 network where the image can reach; every stage is a compiled part, and so is all after them."""
+    """A VGG16 network where the image can reach.
+
+    In fp32 the stages of many channels, fc6 and fc7 are products of matrices here as well, and OpenVINO
+    multiplies. In other precisions it computes them as the convolutions that they are.
+    """
 
     def __init__(self, network: VGG16FCN, compiler: Compiler) -> None:
-        super().__init__(network)
+        by_products = compiler.precision == "f32" and not compiler.for_int8
+        super().__init__(network, by_products)
         plain = WindowedVGG16(network)
         self._stages = {
             stage: compiler.compiled(
                 f"stage {stage}", plain, partial(window_of, plain, stage), self._channels(stage)
             )
             for stage in STAGES
+            if not (by_products and stage in BY_TILES)
         }
-        self._by_patches = compiler.precision == "f32" and not compiler.for_int8
-        if self._by_patches:
-            covered = network.fc6.weight[0].numel()
-            self._stage5 = compiler.compiled(
-                "stage 5", network, partial(network.encode_stage, stage=5), self._channels(5)
-            )
-            self._whole = compiler.compiled("fc7", network, partial(fc7_of_patches, network), covered)
+        self._whole: Callable[[Tensor], Sequence[Tensor]] | None = None
+        self._products: dict[str, Product] = {}
+        if by_products:
+            names = [*self.by_tiles, *BY_MATRIX]
+            self._products = {name: compiler.product(self.weights(name)) for name in names}
         else:
             self._whole = compiler.compiled("fc7", network, partial(fc7_of, network), self._channels(5))
 
@@ -119,21 +124,13 @@ class WindowedByOpenVino(WindowedVGG16):
         return self._convolution(f"conv{stage}_1").in_channels
 
     def compute_window(self, u: Tensor, stage: int) -> Tensor:
-        return self._stages[stage](u)[0]
+        return self._stages[stage](u)[0] if stage in self._stages else super().compute_window(u, stage)
 
     def compute_whole(self, pool4: Tensor) -> Tensor:
-        if not self._by_patches:
-            return self._whole(pool4)[0]
-        # In fp32 OpenVINO takes a third longer for a kernel of 7 x 7 on so few pixels than for their product.
-        (pool5,) = self._stage5(pool4)
-        kernel = self._convolution("fc6").weight[0]
-        side, width = kernel.shape[-1], pool5.shape[3] - kernel.shape[-1] + 1
-        rows = max(1, PATCHES // (width * kernel.numel()))
-        strips = []
-        for top in range(0, pool5.shape[2] - side + 1, rows):
-            patches = F.unfold(pool5[:, :, top : top + rows + side - 1], side)
-            strips += self._whole(patches.view(1, kernel.numel(), -1, width))
-        return torch.cat(strips, 2)
+        return self._whole(pool4)[0] if self._whole else super().compute_whole(pool4)
+
+    def product(self, name: str) -> Product:
+        return self._products[name]
 
 
 def window_of(network: WindowedVGG16, stage: int, u: Tensor) -> Tensor:
@@ -145,12 +142,6 @@ def fc7_of(network: VGG16FCN, pool4: Tensor) -> Tensor:
     """What the network makes of pool4, with fc6 as a convolution."""
     pool5 = network.encode_stage(pool4, 5)
     return F.relu(network.fc7(F.relu(network.fc6(pool5))))
-
-
-def fc7_of_patches(network: VGG16FCN, patches: Tensor) -> Tensor:
-    """The same from all that fc6's kernel covers at every pixel, (1, 7 * 7 * 512, h, w)."""
-    weight = network.fc6.weight.flatten(1)[:, :, None, None]
-    return F.relu(network.fc7(F.relu(F.conv2d(patches, weight, network.fc6.bias))))
 
 
 class Part(nn.Module):
@@ -199,8 +190,6 @@ class Compiler:
             function: From one tensor to one or several.
             channels: Of its argument.
         """
-        import openvino
-
         from segcli.models.quantized import observing, quantize
 
         model = _converted(owner, function, channels)
@@ -209,6 +198,33 @@ class Compiler:
             quantize(model, self.quantized[name])
         if self.seen is not None:
             self.seen[name] = [(math.inf, -math.inf)] * observing(model)
+        run = self._runnable(model)
+
+        def compute(maps: Tensor) -> list[Tensor]:
+            outputs = run(maps)
+            if self.seen is not None:
+                extremes = [output.item() for output in outputs[own:]]
+                now = zip(self.seen[name], extremes[::2], extremes[1::2], strict=True)
+                self.seen[name] = [(min(old[0], low), max(old[1], high)) for old, low, high in now]
+            return outputs[:own]
+
+        return compute
+
+    def product(self, weights: Tensor) -> Product:
+        """What multiplies by weights, (..., O, K), for any number of pixels."""
+        import openvino
+        from openvino import opset13 as operations
+
+        *leading, _, inner = weights.shape if weights.ndim > 2 else (1, *weights.shape)
+        pixels = operations.parameter([*leading, -1, inner], openvino.Type.f32)
+        factor = operations.constant(weights.numpy(), shared_memory=True)
+        multiplied = operations.matmul(pixels, factor, transpose_a=False, transpose_b=True)
+        run = self._runnable(openvino.Model([multiplied], [pixels]), share=True)
+        return lambda values: run(values)[0]
+
+    def _runnable(self, model: openvino.Model, share: bool = False) -> Callable[[Tensor], list[Tensor]]:
+        import openvino
+
         options = {
             "INFERENCE_PRECISION_HINT": self.precision,
             "PERFORMANCE_HINT": "LATENCY",
@@ -218,13 +234,9 @@ class Compiler:
         }
         run = openvino.Core().compile_model(model, "CPU", options)
 
-        def compute(maps: Tensor) -> list[Tensor]:
-            outputs = list(run(maps.float().contiguous().numpy(), share_inputs=True).values())
-            if self.seen is not None:
-                extremes = [float(output) for output in outputs[own:]]
-                now = zip(self.seen[name], extremes[::2], extremes[1::2], strict=True)
-                self.seen[name] = [(min(old[0], low), max(old[1], high)) for old, low, high in now]
-            return [torch.from_numpy(output) for output in outputs[:own]]
+        def compute(values: Tensor) -> list[Tensor]:
+            outputs = run(values.float().contiguous().numpy(), share_inputs=True, share_outputs=share)
+            return [torch.from_numpy(output) for output in outputs.values()]
 
         return compute
 

@@ -1,4 +1,4 @@
-"""The VGG16 networks computed only where the image can reach: the same scores in about half the time.
+"""The VGG16 networks computed only where the image can reach: the same scores in less than half the time.
 
 The released nets pad the image by 100 pixels on every side. Over that border the maps of stages 1 to 4 hold
 what an empty canvas would give: a constant per channel, but for a narrow ring along the canvas's edge, where
@@ -14,8 +14,8 @@ convolutions see their zero padding. So only the window that the image can reach
   on what an empty canvas gives. That comes from a small empty canvas, stretched along its constant middle.
 
 More is done as processors like it: maps lie channels last, for which PyTorch pools seven times as fast on a
-CPU, and fc6 and fc7 are matrix products, for their 478 MB of weights take long to rearrange for a convolution
-of so few pixels. See docs/performance.md.
+CPU, fc6 and fc7 are matrix products, for their 478 MB of weights take long to rearrange for a convolution of
+so few pixels, and stages 3 to 5 are convolved by tiles, see `winograd`. See docs/performance.md.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -32,8 +33,11 @@ from torch import Tensor, nn
 from segcli.models.fcn import Features, Network
 from segcli.models.strips import Rows, Shape, operation, sliding
 from segcli.models.vgg import FIRST_PADDING, VGG16FCN, convolution_names, stage_windows
+from segcli.models.winograd import Product, convolve_by_tiles, transformed
 
 STAGES = (1, 2, 3, 4)  # in stage 5 the image reaches the ring along the canvas's edge
+BY_TILES = (3, 4, 5)  # stages of so many channels that Winograd's tiles cost less than they save
+BY_MATRIX = ("fc6", "fc7")
 SEEN_WHOLE = (3, 4)  # stages whose maps are scored or go on to stage 5
 PATCHES = 1 << 24  # numbers that fc6 sees at a time, however large the image
 
@@ -141,27 +145,36 @@ def on_canvas(
     return empty.to(u.dtype) + F.pad(u, outside)
 
 
-def _matrix_rows(shape: Shape, weight: Tensor, bias: Tensor) -> Rows:
+def _lie_last(weight: Tensor) -> bool:
+    return weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def as_matrix(weight: Tensor) -> Tensor:
+    """A convolution's kernels as they lie in memory: fc6's as (4096, 7 * 7 * 512) or (4096, 512 * 7 * 7)."""
+    return (weight.permute(0, 2, 3, 1) if _lie_last(weight) else weight).flatten(1)
+
+
+def _matrix_rows(shape: Shape, weight: Tensor, bias: Tensor, product: Product) -> Rows:
     side = weight.shape[-1]
     made = (shape[0], len(weight), *(length - side + 1 for length in shape[2:]))
-    return sliding(made, (side, 1, 0), 0, lambda part: convolve_by_matrix(part, weight, bias))
+    return sliding(made, (side, 1, 0), 0, lambda part: convolve_by_matrix(part, weight, bias, product))
 
 
 @operation(_matrix_rows)
-def convolve_by_matrix(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`F.conv2d(x, weight, bias)` for a square kernel, as a matrix product of all that the kernel covers."""
-    side = weight.shape[-1]
+def convolve_by_matrix(x: Tensor, weight: Tensor, bias: Tensor, product: Product) -> Tensor:
+    """`F.conv2d(x, weight, bias)` for a square kernel; `product` takes all that the kernel covers at a pixel
+    times `as_matrix(weight)`."""
+    side, numbers = weight.shape[-1], weight[0].numel()
     patches = x.permute(0, 2, 3, 1).unfold(1, side, 1).unfold(2, side, 1)  # (N, h, w, C, side, side)
-    if weight.is_contiguous(memory_format=torch.channels_last):
-        patches, weight = patches.permute(0, 1, 2, 4, 5, 3), weight.permute(0, 2, 3, 1)
-    matrix = weight.flatten(1)  # fc6: (4096, 7 * 7 * 512)
+    if _lie_last(weight):
+        patches = patches.permute(0, 1, 2, 4, 5, 3)
     size, height, width = patches.shape[:3]
-    rows = max(1, PATCHES // (size * width * matrix.shape[1]))
-    strips = []
-    for top in range(0, height, rows):
-        covered = patches[:, top : top + rows].reshape(size, -1, width, matrix.shape[1])
-        strips.append(F.linear(covered, matrix, bias))
-    return torch.cat(strips, 1).permute(0, 3, 1, 2)
+    rows = max(1, PATCHES // (size * width * numbers))
+    strips = [
+        product(patches[:, top : top + rows].reshape(size, -1, numbers)) + bias
+        for top in range(0, height, rows)
+    ]
+    return torch.cat(strips, 1).view(size, height, width, len(weight)).permute(0, 3, 1, 2)
 
 
 def _halved_rows(shape: Shape) -> Rows:
@@ -176,9 +189,9 @@ def halved(x: Tensor) -> Tensor:
     return torch.maximum(x[..., ::2], x[..., 1::2])
 
 
-def windowed(network: Network) -> Network:
+def windowed(network: Network, by_tiles: bool = False) -> Network:
     """The network for inference: a `WindowedVGG16` around the VGG16 ones, any other as it is."""
-    return WindowedVGG16(network) if isinstance(network, VGG16FCN) else network
+    return WindowedVGG16(network, by_tiles) if isinstance(network, VGG16FCN) else network
 
 
 class WindowedVGG16(Network):
@@ -187,9 +200,11 @@ class WindowedVGG16(Network):
     Args:
         network: A `VGG16FCN`, or one derived from it. It is shared, not copied, and put in evaluation mode;
             make this anew when its weights have changed.
+        by_tiles: Compute the convolutions of the stages in `BY_TILES` by Winograd's tiles, with a quarter of
+            their multiplications and four times their weights in memory, 231 MB more at full width.
     """
 
-    def __init__(self, network: VGG16FCN) -> None:
+    def __init__(self, network: VGG16FCN, by_tiles: bool = False) -> None:
         super().__init__()
         self.num_classes = network.num_classes
         self.stride = network.stride
@@ -208,6 +223,10 @@ class WindowedVGG16(Network):
                 constant = answer.relu()
                 self.register_buffer(f"{name}_bias", answer.clamp(max=0), persistent=False)
                 self.register_buffer(f"{name}_floor", -constant[:, None, None], persistent=False)
+        self.by_tiles = tuple(name for stage in BY_TILES for name in convolution_names(stage) if by_tiles)
+        for name in self.by_tiles:
+            values = transformed(self._convolution(name).weight)
+            self.register_buffer(f"{name}_tiles", values, persistent=False)
 
     def score_pyramid(self, images: Tensor) -> list[Tensor]:
         return self.score_features(self.features(images))
@@ -246,13 +265,18 @@ class WindowedVGG16(Network):
         """
         *names, last = convolution_names(stage)
         for name in names:
-            u = self._rectified(self._convolved(u, name), name)
-        return self._rectified(pool(self._convolved(u, last)), last)
+            u = self._rectified(self._grown(u, name), name)
+        return self._rectified(pool(self._grown(u, last)), last)
 
-    def _convolved(self, u: Tensor, name: str) -> Tensor:
+    def _grown(self, u: Tensor, name: str) -> Tensor:
         """What a convolution makes of differences. The window grows by all outputs that see a pixel of it."""
-        weight = self._convolution(name).weight
-        return F.conv2d(u, weight, self.get_buffer(f"{name}_bias"), padding=weight.shape[-1] - 1)
+        padding = self._convolution(name).weight.shape[-1] - 1
+        return self._convolved(u, name, self.get_buffer(f"{name}_bias"), padding)
+
+    def _convolved(self, x: Tensor, name: str, bias: Tensor, padding: int) -> Tensor:
+        if name in self.by_tiles:
+            return convolve_by_tiles(x, self.product(name), bias, padding)
+        return F.conv2d(x, self._convolution(name).weight, bias, padding=padding)
 
     def _rectified(self, u: Tensor, name: str) -> Tensor:
         """The ReLU after a convolution, of differences, in place."""
@@ -260,12 +284,27 @@ class WindowedVGG16(Network):
 
     def compute_whole(self, pool4: Tensor) -> Tensor:
         """fc7 of the whole canvas from pool4: stage 5, fc6 and fc7."""
-        x = self.network.encode_stage(pool4, 5)
-        for name in ("fc6", "fc7"):
+        x = pool4
+        for name in convolution_names(5):
             layer = self._convolution(name)
             assert layer.bias is not None
-            x = convolve_by_matrix(x, layer.weight, layer.bias).relu_()
+            x = self._convolved(x, name, layer.bias, 1).relu_()
+        x = F.max_pool2d(x, 2, ceil_mode=True)
+        for name in BY_MATRIX:
+            layer = self._convolution(name)
+            assert layer.bias is not None
+            x = convolve_by_matrix(x, layer.weight, layer.bias, self.product(name)).relu_()
         return x
+
+    def product(self, name: str) -> Product:
+        """What multiplies by the weights of a layer that is a product of matrices."""
+        return partial(torch.matmul, other=self.weights(name).mT)
+
+    def weights(self, name: str) -> Tensor:
+        """They are (..., O, K)."""
+        if name in self.by_tiles:
+            return self.get_buffer(f"{name}_tiles")
+        return as_matrix(self._convolution(name).weight)
 
     def _convolution(self, name: str) -> nn.Conv2d:
         layer = self.network.get_submodule(name)
