@@ -73,13 +73,19 @@ def test_a_folder_of_mixed_sizes_needs_no_further_compilation(monkeypatch: pytes
         assert options["CPU_RUNTIME_CACHE_CAPACITY"] == REMEMBERED
 
 
-def test_weights_are_copied() -> None:
-    network = vgg()
-    fast, x = with_openvino(network, "fp32"), image(40, 30)
+@pytest.mark.parametrize("name", ["fcn8s", "fcn32s-resnet18", "lraspp_mobilenet_v3_large"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_scores_stay_when_the_next_image_is_computed(name: str, precision: str) -> None:
+    torch.manual_seed(0)
+    network = vgg() if name == "fcn8s" else get(name, CLASSES).eval()
+    fast = with_openvino(network, precision)
     with torch.inference_mode():
-        before = fast(x)
-        network.get_parameter("conv5_1.weight").zero_()
-        assert torch.equal(fast(x), before)
+        first = fast.score_pyramid(image(64, 48))
+        kept = [scores.clone() for scores in first]
+        second = fast.score_pyramid(image(64, 48).flip(3))
+    for scores, before, other in zip(first, kept, second, strict=True):
+        assert torch.equal(scores, before)
+        assert not torch.equal(scores, other)
 
 
 @pytest.mark.parametrize("name", ["fcn16s-resnet18", "fcn-alexnet", "lraspp_mobilenet_v3_large"])

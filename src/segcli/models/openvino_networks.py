@@ -40,7 +40,7 @@ def with_openvino(network: Network, precision: str, ranges: Mapping[str, Ranges]
     """A network whose convolutions are computed by OpenVINO: float32 images to float32 scores, one at a time.
 
     Args:
-        network: On the CPU, in evaluation mode. Its weights are copied as they are now.
+        network: On the CPU, in evaluation mode. Its weights must not change while the result is in use.
         precision: fp32, bf16 or int8.
         ranges: For int8, what `Ranges` of every part were seen, see `observed`.
 
@@ -88,7 +88,7 @@ class OpenVinoNetwork(Network):
     def score_pyramid(self, images: Tensor) -> list[Tensor]:
         if isinstance(self.network, FCN):
             return self.network.score_features(Features(*self.computed(images)))
-        return list(self.computed(images))
+        return [scores.clone() for scores in self.computed(images)]
 
     def upsample(self, scores: Tensor, size: tuple[int, int]) -> Tensor:
         return self.network.upsample(scores, size)
@@ -184,6 +184,8 @@ class Compiler:
     ) -> Callable[[Tensor], list[Tensor]]:
         """A function of a map, (1, `channels`, H, W) of any size, as OpenVINO computes it.
 
+        What it gives holds until it is called again.
+
         Args:
             name: Of this part of the network.
             owner: Whose weights it uses.
@@ -219,10 +221,11 @@ class Compiler:
         pixels = operations.parameter([*leading, -1, inner], openvino.Type.f32)
         factor = operations.constant(weights.numpy(), shared_memory=True)
         multiplied = operations.matmul(pixels, factor, transpose_a=False, transpose_b=True)
-        run = self._runnable(openvino.Model([multiplied], [pixels]), share=True)
+        run = self._runnable(openvino.Model([multiplied], [pixels]))
         return lambda values: run(values)[0]
 
-    def _runnable(self, model: openvino.Model, share: bool = False) -> Callable[[Tensor], list[Tensor]]:
+    def _runnable(self, model: openvino.Model) -> Callable[[Tensor], list[Tensor]]:
+        """A function from its input to its outputs, which hold until it is called again."""
         import openvino
 
         options = {
@@ -235,7 +238,7 @@ class Compiler:
         run = openvino.Core().compile_model(model, "CPU", options)
 
         def compute(values: Tensor) -> list[Tensor]:
-            outputs = run(values.float().contiguous().numpy(), share_inputs=True, share_outputs=share)
+            outputs = run(values.float().contiguous().numpy(), share_inputs=True, share_outputs=True)
             return [torch.from_numpy(output) for output in outputs.values()]
 
         return compute
