@@ -133,7 +133,7 @@ def labels_from_coarse(
     )
     winners = scores.argmax(2).to(torch.uint8 if classes <= 256 else torch.int32)
     around = winners[y.scores[:, None, :, None], x.scores[None, :, None, :]]  # (taps, taps, down, across)
-    labels = around[0, 0][:, x.cell][y.cell]
+    labels = around[0, 0].index_select(1, x.cell).index_select(0, y.cell)
     row, column = (around != around[0, 0]).any(0).any(0).nonzero(as_tuple=True)  # (mixed cells,) each
     at_a_time = max(1, CORNERS // (len(y.scores) * len(x.scores) * classes))
     for start in range(0, len(row), at_a_time):
@@ -144,12 +144,15 @@ def labels_from_coarse(
 
 def _interpolate(labels: Tensor, scores: Tensor, y: Mixture, x: Mixture, row: Tensor, column: Tensor) -> None:
     """Decide the pixels of the mixed cells (row[i], column[i]), int64 (M,), in `labels`."""
-    corners = scores[y.scores[:, None, row], x.scores[None, :, column]]  # (taps, taps, M, C)
+    places = y.scores[:, None, row] * scores.shape[1] + x.scores[None, :, column]  # (taps, taps, M)
+    corners = scores.flatten(0, 1).index_select(0, places.flatten()).view(*places.shape, -1)
     contenders, count = _contenders(corners)
-    # Cells of like size and number of contenders are computed together, each as large as the largest of them.
+    # Cells of like size and number of contenders are computed together, each as large as the largest of them;
+    # few cells whatever their size.
     shapes = torch.stack([y.size[row], x.size[column], count])
     down, across, number = (shapes - 1).float().frexp().exponent.long()  # bits that they take, at most 31
-    kinds = (down * 32 + across) * 32 + number
+    few = len(row) * int(y.size.max()) * int(x.size.max()) <= BLOCK
+    kinds = number if few else (down * 32 + across) * 32 + number
     for kind in torch.unique(kinds):
         alike = (kinds == kind).nonzero()[:, 0]
         height, width, most = shapes[:, alike].amax(1).tolist()
