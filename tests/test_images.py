@@ -379,10 +379,13 @@ def test_12_bit_tiff(tmp_path: Path) -> None:
     assert picture.notes == ("12-bit scaled to 8",)
 
 
-def test_large_pictures_are_converted_in_strips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_large_pictures_are_converted_in_strips(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, orientation: int
+) -> None:
     rgba = np.dstack([RGB, GREY])
     exif = Image.Exif()
-    exif[0x0112] = 7
+    exif[0x0112] = orientation
     path = save(tmp_path / "a.png", Image.fromarray(rgba), exif=exif)
     whole = read_image(path).pixels
     monkeypatch.setattr("segcli.images._STRIP_PIXELS", 61 * 4)  # 41 rows: ten strips of 4 and one of 1

@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from segcli import palettes
 from segcli.errors import ImageError, UsageError
 from segcli.palettes import (
     CITYSCAPES_LABEL_IDS,
     CLASS_SETS,
     ClassSet,
+    count_ids,
     generic_class_set,
     get_class_set,
     labels_from_colors,
@@ -151,6 +153,24 @@ def test_colors_lead_back_to_ids(name: str) -> None:
     back = labels_from_colors(classes.palette()[labels], classes)
     assert back.dtype == np.uint8
     assert np.array_equal(back, labels)
+
+
+def test_ids_are_counted() -> None:
+    labels = np.array([[0, 0, 7], [7, 255, 0]])
+    for dtype in (np.uint8, np.uint16, np.int32):
+        assert count_ids(labels.astype(dtype)) == {0: 3, 7: 2, 255: 1}
+        assert count_ids(np.empty((0, 3), dtype)) == {}
+    assert count_ids(np.array([[65535, 300]], np.uint16)) == {300: 1, 65535: 1}
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_ids_are_counted_some_at_a_time(monkeypatch: pytest.MonkeyPatch, dtype: type) -> None:
+    labels = np.random.default_rng(0).integers(0, 4, (23, 31)).astype(dtype)
+    expected = dict(zip(*(part.tolist() for part in np.unique(labels, return_counts=True)), strict=True))
+    for some in (1, 2, 100, 713, 1000):
+        monkeypatch.setattr(palettes, "COUNTED", some)
+        assert count_ids(labels) == expected
+        assert count_ids(labels.T) == expected
 
 
 def test_unknown_colors_are_listed_with_counts() -> None:

@@ -7,6 +7,7 @@ import numpy.typing as npt
 import pytest
 from matplotlib import colormaps
 
+from segcli import render
 from segcli.palettes import CLASS_SETS, ClassSet, generic_class_set, voc_colormap
 from segcli.render import (
     COMPARED_SIZE,
@@ -81,6 +82,19 @@ def test_overlay_draws_lines_in_the_color_of_the_class() -> None:
     rim = boundaries(labels) & (labels == 1)
     assert (lined[rim] == (128, 0, 0)).all()
     assert np.array_equal(lined[~rim], plain[~rim])
+
+
+@pytest.mark.parametrize("boundary", [True, False])
+@pytest.mark.parametrize("lines", [1, 3])
+def test_overlay_is_the_same_in_strips(monkeypatch: pytest.MonkeyPatch, boundary: bool, lines: int) -> None:
+    monkeypatch.setattr(render, "line_width", lambda shape: lines)
+    photo, labels = image(41, 60), blocks(41, 60)
+    whole = overlay(photo, labels, voc_colormap(), boundary=boundary)
+    for rows in (1, 2, 7, 40):
+        monkeypatch.setattr(render, "STRIP", rows * 60)
+        assert np.array_equal(overlay(photo, labels, voc_colormap(), boundary=boundary), whole)
+        turned = overlay(photo[::-1], labels[::-1], voc_colormap(), boundary=boundary)
+        assert np.array_equal(turned, whole[::-1])
 
 
 def test_overlay_does_not_change_its_inputs() -> None:

@@ -23,6 +23,7 @@ Labels = npt.NDArray[np.integer[Any]]
 
 SMALLEST_TEXT = 12  # pixels; smaller letters of Pillow's font run together
 COMPARED_SIZE = 2000  # pixels of the longer side of a panel in `compare`; more is not seen on a screen
+STRIP = 1 << 17  # pixels that are tinted at a time: all that they pass through stays in the caches
 MOST_ENTRIES = 255  # of a legend; a map with more ids, of instances say, is not read by its legend
 
 _PAPER = 255
@@ -51,14 +52,21 @@ def overlay(
     Classes whose colour is black (VOC's background) leave the image as it is.
     With `boundary`, lines in the full colour mark where one class meets another.
     """
-    colors = colorize(labels, palette)
-    plain = cv2.inRange(colors, (0, 0, 0), (0, 0, 0))  # 255 where there is no colour
-    tinted = cv2.addWeighted(image, 1 - opacity, colors, opacity, 0)
-    if boundary:
-        edges = boundaries(labels, line_width(labels.shape)).view(np.uint8)
-        cv2.copyTo(colors, edges, tinted)
-    cv2.copyTo(image, plain, tinted)
-    return tinted.astype(np.uint8, copy=False)
+    tinted = np.empty(image.shape, np.uint8)
+    height, width = labels.shape
+    reach = line_width(labels.shape) if boundary else 0
+    rows = max(1, STRIP // max(1, width))
+    for top in range(0, height, rows):
+        bottom, first = min(top + rows, height), max(0, top - reach)
+        colors = colorize(labels[top:bottom], palette)
+        plain = cv2.inRange(colors, (0, 0, 0), (0, 0, 0))  # 255 where there is no colour
+        part = tinted[top:bottom]
+        cv2.addWeighted(image[top:bottom], 1 - opacity, colors, opacity, 0, part)
+        if boundary:
+            edges = boundaries(labels[first : bottom + reach], reach)[top - first :][: bottom - top]
+            cv2.copyTo(colors, edges.view(np.uint8), part)
+        cv2.copyTo(image[top:bottom], plain, part)
+    return tinted
 
 
 def boundaries(labels: Labels, width: int = 1) -> npt.NDArray[np.bool_]:
