@@ -145,6 +145,17 @@ def test_features_are_those_of_the_plain_network() -> None:
             assert relative_error(found, expected) < 1e-5
 
 
+def test_half_precision_is_rounded_after_the_bias() -> None:
+    plain = thin(8).bfloat16()
+    with torch.no_grad():
+        plain.fc7.weight.zero_()[0, :3] = 1
+        plain.fc7.bias[0] = 1  # type: ignore[index]
+        values = torch.tensor([[[128, 128, 1.5, 0, 0, 0, 0]]], dtype=torch.bfloat16)
+        # Above 256 there are even numbers only. The sum is 258.5: 258. Without the bias it is 257.5, so 258,
+        # and 1 more lies in the middle between 258 and 260: 260.
+        assert WindowedVGG16(plain).product("fc7")(values)[0, 0, 0] == 258
+
+
 @pytest.mark.parametrize("rows", [1, 2])
 def test_fc6_in_strips(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     # pool5 of 90 x 45 pixels is 9 x 8, so fc6 gives 3 x 2 answers; each sees 7 * 7 * 6 numbers

@@ -23,7 +23,7 @@ from segcli.errors import UsageError
 from segcli.models.fcn import FCN, Features, Network
 from segcli.models.prepared import interpolating, sharing_copy
 from segcli.models.vgg import VGG16FCN
-from segcli.models.windowed import BY_MATRIX, BY_TILES, STAGES, WindowedVGG16
+from segcli.models.windowed import BY_MATRIX, BY_TILES, STAGES, WindowedVGG16, as_matrix
 from segcli.models.winograd import Product
 
 if TYPE_CHECKING:
@@ -115,8 +115,10 @@ class WindowedByOpenVino(WindowedVGG16):
         self._whole: Callable[[Tensor], Sequence[Tensor]] | None = None
         self._products: dict[str, Product] = {}
         if by_products:
-            names = [*self.by_tiles, *BY_MATRIX]
-            self._products = {name: compiler.product(self.weights(name)) for name in names}
+            self._products = {name: compiler.product(self.kernels(name)) for name in self.by_tiles}
+            for name in BY_MATRIX:
+                matrix = as_matrix(self._convolution(name).weight)
+                self._products[name] = compiler.product(matrix, self._bias(name))
         else:
             self._whole = compiler.compiled("fc7", network, partial(fc7_of, network), self._channels(5))
 
@@ -212,8 +214,8 @@ class Compiler:
 
         return compute
 
-    def product(self, weights: Tensor) -> Product:
-        """What multiplies by weights, (..., O, K), for any number of pixels."""
+    def product(self, weights: Tensor, bias: Tensor | None = None) -> Product:
+        """What multiplies by weights, (..., O, K), and adds a bias, (O,), for any number of pixels."""
         import openvino
         from openvino import opset13 as operations
 
@@ -221,6 +223,8 @@ class Compiler:
         pixels = operations.parameter([*leading, -1, inner], openvino.Type.f32)
         factor = operations.constant(weights.numpy(), shared_memory=True)
         multiplied = operations.matmul(pixels, factor, transpose_a=False, transpose_b=True)
+        if bias is not None:
+            multiplied = operations.add(multiplied, operations.constant(bias.numpy()))
         run = self._runnable(openvino.Model([multiplied], [pixels]))
         return lambda values: run(values)[0]
 

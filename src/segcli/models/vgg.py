@@ -7,8 +7,9 @@ of any image; the crop offsets 5, 9 and 31 follow from that padding and are deri
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -97,9 +98,14 @@ class VGG16FCN(FCN):
 
     def encode_stage(self, x: Tensor, stage: int) -> Tensor:
         """The output of a stage (1 to 5) from that of the stage before, or from the images."""
-        for name in convolution_names(stage):
-            x = F.relu(self.get_submodule(name)(x), inplace=True)
-        return F.max_pool2d(x, 2, ceil_mode=True)
+        return run_stage(x, stage, lambda x, name: cast(Tensor, self.get_submodule(name)(x)))
+
+
+def run_stage(x: Tensor, stage: int, convolve: Callable[[Tensor, str], Tensor]) -> Tensor:
+    """The output of a stage (1 to 5), where `convolve` does what the convolution of a name does."""
+    for name in convolution_names(stage):
+        x = F.relu(convolve(x, name), inplace=True)
+    return F.max_pool2d(x, 2, ceil_mode=True)
 
 
 def convolutionalize(network: VGG16FCN, classifier: Mapping[str, Tensor]) -> None:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from segcli.models.fcn import Features, Network
 from segcli.models.strips import Rows, Shape, operation, sliding
-from segcli.models.vgg import FIRST_PADDING, VGG16FCN, convolution_names, stage_windows
+from segcli.models.vgg import FIRST_PADDING, VGG16FCN, convolution_names, run_stage, stage_windows
 from segcli.models.winograd import Product, convolve_by_tiles, transformed
 
 STAGES = (1, 2, 3, 4)  # in stage 5 the image reaches the ring along the canvas's edge
@@ -154,27 +154,27 @@ def as_matrix(weight: Tensor) -> Tensor:
     return (weight.permute(0, 2, 3, 1) if _lie_last(weight) else weight).flatten(1)
 
 
-def _matrix_rows(shape: Shape, weight: Tensor, bias: Tensor, product: Product) -> Rows:
+def _matrix_rows(shape: Shape, weight: Tensor, linear: Product) -> Rows:
     side = weight.shape[-1]
     made = (shape[0], len(weight), *(length - side + 1 for length in shape[2:]))
-    return sliding(made, (side, 1, 0), 0, lambda part: convolve_by_matrix(part, weight, bias, product))
+    return sliding(made, (side, 1, 0), 0, lambda part: convolve_by_matrix(part, weight, linear))
 
 
 @operation(_matrix_rows)
-def convolve_by_matrix(x: Tensor, weight: Tensor, bias: Tensor, product: Product) -> Tensor:
-    """`F.conv2d(x, weight, bias)` for a square kernel; `product` takes all that the kernel covers at a pixel
-    times `as_matrix(weight)`."""
+def convolve_by_matrix(x: Tensor, weight: Tensor, linear: Product) -> Tensor:
+    """`F.conv2d(x, weight, bias)` for a square kernel, where `linear` takes all that the kernel covers at a
+    pixel times `as_matrix(weight)`, and adds the bias."""
     side, numbers = weight.shape[-1], weight[0].numel()
     patches = x.permute(0, 2, 3, 1).unfold(1, side, 1).unfold(2, side, 1)  # (N, h, w, C, side, side)
     if _lie_last(weight):
         patches = patches.permute(0, 1, 2, 4, 5, 3)
     size, height, width = patches.shape[:3]
     rows = max(1, PATCHES // (size * width * numbers))
-    strips = [
-        product(patches[:, top : top + rows].reshape(size, -1, numbers)) + bias
-        for top in range(0, height, rows)
-    ]
-    return torch.cat(strips, 1).view(size, height, width, len(weight)).permute(0, 3, 1, 2)
+    outputs = x.new_empty((size, height, width, len(weight)))
+    for top in range(0, height, rows):
+        covered = patches[:, top : top + rows].reshape(size, -1, numbers)
+        outputs[:, top : top + rows] = linear(covered).view(size, -1, width, len(weight))
+    return outputs.permute(0, 3, 1, 2)
 
 
 def _halved_rows(shape: Shape) -> Rows:
@@ -217,9 +217,8 @@ class WindowedVGG16(Network):
         constant = first.weight.new_zeros(first.in_channels)
         for stage in STAGES:
             for name in convolution_names(stage):
-                convolution = self._convolution(name)
-                assert convolution.bias is not None
-                answer = (convolution.weight.sum((2, 3)) @ constant + convolution.bias).detach()
+                weight, bias = self._convolution(name).weight, self._bias(name)
+                answer = (weight.sum((2, 3)) @ constant + bias).detach()
                 constant = answer.relu()
                 self.register_buffer(f"{name}_bias", answer.clamp(max=0), persistent=False)
                 self.register_buffer(f"{name}_floor", -constant[:, None, None], persistent=False)
@@ -284,32 +283,34 @@ class WindowedVGG16(Network):
 
     def compute_whole(self, pool4: Tensor) -> Tensor:
         """fc7 of the whole canvas from pool4: stage 5, fc6 and fc7."""
-        x = pool4
-        for name in convolution_names(5):
-            layer = self._convolution(name)
-            assert layer.bias is not None
-            x = self._convolved(x, name, layer.bias, 1).relu_()
-        x = F.max_pool2d(x, 2, ceil_mode=True)
+
+        def convolve(x: Tensor, name: str) -> Tensor:
+            return self._convolved(x, name, self._bias(name), 1)
+
+        x = run_stage(pool4, 5, convolve)
         for name in BY_MATRIX:
-            layer = self._convolution(name)
-            assert layer.bias is not None
-            x = convolve_by_matrix(x, layer.weight, layer.bias, self.product(name)).relu_()
+            x = convolve_by_matrix(x, self._convolution(name).weight, self.product(name)).relu_()
         return x
 
     def product(self, name: str) -> Product:
-        """What multiplies by the weights of a layer that is a product of matrices."""
-        return partial(torch.matmul, other=self.weights(name).mT)
-
-    def weights(self, name: str) -> Tensor:
-        """They are (..., O, K)."""
+        """What a layer in `BY_MATRIX` does, or what multiplies by the kernels of a convolution by tiles."""
         if name in self.by_tiles:
-            return self.get_buffer(f"{name}_tiles")
-        return as_matrix(self._convolution(name).weight)
+            return partial(torch.matmul, other=self.kernels(name).mT)
+        return partial(F.linear, weight=as_matrix(self._convolution(name).weight), bias=self._bias(name))
+
+    def kernels(self, name: str) -> Tensor:
+        """Those of a convolution by tiles, see `winograd.transformed`."""
+        return self.get_buffer(f"{name}_tiles")
 
     def _convolution(self, name: str) -> nn.Conv2d:
         layer = self.network.get_submodule(name)
         assert isinstance(layer, nn.Conv2d)
         return layer
+
+    def _bias(self, name: str) -> Tensor:
+        bias = self._convolution(name).bias
+        assert bias is not None
+        return bias
 
     def _empty_canvas(self, height: int, width: int) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
         """The maps of the stages in `SEEN_WHOLE` for an empty image: what `on_canvas` makes them of."""

@@ -30,7 +30,7 @@ TILE = STEP + KERNEL - 1
 POINTS = (0.0, 1.0, -1.0, 0.5, -2.0)  # and infinity
 NUMBERS = 3 << 19  # that tiles hold at a time, 6 MB in float32: what stays in the caches of a processor
 
-Product = Callable[[Tensor], Tensor]  # (..., pixels, K) to (..., pixels, O): times weights, (..., O, K)
+Product = Callable[[Tensor], Tensor]  # (..., pixels, K) to (..., pixels, O)
 
 
 @functools.cache
