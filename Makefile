@@ -36,6 +36,7 @@ bench: setup  ## time networks, folders, colorize and start-up beside what peopl
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/border.py
 	$(BIN)/python benchmarks/folders.py
+	$(BIN)/python benchmarks/photographs.py
 	$(BIN)/python benchmarks/colorize.py
 	$(BIN)/python benchmarks/startup.py
 

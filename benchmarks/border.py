@@ -2,10 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/border.py [--size 375 500] [--rounds 5]
 
-Prints multiplications, what they would take at this machine's measured matrix rate, what both networks took
-(interleaved, medians; on a busy machine believe the processor time), also in bf16, how far their scores lie
-apart, what the bundled models take for an image of that size, and what the label map took from scores of the
-full size and from cells of the coarse ones. Weights are random, but for the bundled models.
+Prints multiplications, what they would take at this machine's measured matrix rate, what single convolutions
+took as sums and by Winograd's tiles, what both networks took (interleaved, medians; on a busy machine believe
+the processor time), also in bf16, how far their scores lie apart, what the bundled models take for an image
+of that size, and what the label map took from scores of the full size and from cells of the coarse ones.
+Weights are random, but for the bundled models.
 """
 
 from __future__ import annotations
@@ -19,20 +20,30 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from segcli.inference.benchmark import Timing, interleaved
 from segcli.inference.cells import Labels, labels_from_coarse, lattice_of
 from segcli.inference.classification import classify
+from segcli.models import winograd
 from segcli.models.checkpoint import load_model
 from segcli.models.prepared import prepare
 from segcli.models.preprocessing import to_tensor
 from segcli.models.vgg import CONVOLUTIONS_PER_STAGE, FIRST_PADDING, VGG16FCN, WIDTHS
-from segcli.models.windowed import STAGES, trace
+from segcli.models.windowed import STAGES, WindowedVGG16, trace
+from segcli.models.winograd import Product, transformed
 from segcli.models.zoo import bundled_models
 
 CLASSES = 21
 KERNEL = 3
+LAYERS = (  # channels before and after, height and width
+    (128, 256, 124, 156),
+    (256, 256, 126, 158),
+    (256, 512, 66, 82),
+    (512, 512, 66, 82),
+    (512, 512, 38, 46),
+    (128, 128, 246, 306),
+)
 CLASSIFIER_SIDE = 7
 
 
@@ -69,6 +80,29 @@ def matrix_rate(rounds: int) -> float:
     return 2 * 2048**3 / (timing.processor / 1e3)
 
 
+def convolutions(rounds: int) -> None:
+    """Sums beside tiles, all of them at once and some at a time, for layers of VGG16 at 500 x 375 pixels."""
+    for before, after, *size in LAYERS:
+        x = torch.randn(1, before, *size).relu().to(memory_format=torch.channels_last)
+        weight, bias = (
+            torch.randn(after, before, KERNEL, KERNEL) * (2 / 9 / before) ** 0.5,
+            torch.randn(after),
+        )
+        product = partial(torch.matmul, other=transformed(weight).mT)
+        some = winograd.NUMBERS
+
+        def by_tiles(numbers: int, given: tuple[Tensor, Product, Tensor] = (x, product, bias)) -> None:
+            winograd.NUMBERS = numbers
+            winograd.convolve_by_tiles(*given, 0)
+
+        jobs: dict[str, Callable[[], object]] = {
+            "sums": partial(F.conv2d, x, weight, bias),
+            "tiles, all at once": partial(by_tiles, 1 << 62),
+            "tiles, some at a time": partial(by_tiles, some),
+        }
+        show(f"{before} to {after} channels, {size[0] - 2} x {size[1] - 2}", interleaved(jobs, rounds))
+
+
 def show(title: str, found: dict[str, Timing]) -> None:
     print(f"\n{title}: median ms, wall and processor time")
     first = next(iter(found.values()))
@@ -98,6 +132,9 @@ def main() -> None:
     print(f"  {'all':34} {totals[0]:9.1f} {totals[1]:9.1f}   {totals[0] / totals[1]:.2f}x")
     print(f"  {'ms of one thread at the matrix rate':34} {at_rate[0]:9.0f} {at_rate[1]:9.0f}")
 
+    with torch.inference_mode():
+        convolutions(options.rounds)
+
     network = VGG16FCN(CLASSES, 8).eval()
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d):
@@ -109,6 +146,7 @@ def main() -> None:
     with torch.inference_mode():
         jobs: dict[str, Callable[[], object]] = {
             "plain": partial(network, images),
+            "windowed, by sums": partial(WindowedVGG16(network), images),
             "windowed": partial(fast, images),
             "windowed, bf16": partial(reduced, images),
         }

@@ -48,10 +48,11 @@ def vgg16(folder: Path) -> str:
     return str(path)
 
 
-def bench(model: str, images: int, **environment: str) -> dict[str, Any]:
+def bench(model: str, images: int, *options: str, **environment: str) -> dict[str, Any]:
     """What `segcli bench` finds."""
     command = [*SEGCLI, "bench", "--model", model, "--images", str(images), "--runs", "5", "--json", "-q"]
-    found: dict[str, Any] = json.loads(subprocess.check_output(command, env={**os.environ, **environment}))
+    answer = subprocess.check_output([*command, *options], env={**os.environ, **environment})
+    found: dict[str, Any] = json.loads(answer)
     return found
 
 

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 
 import torch
-from folders import SEGCLI, vgg16
+from folders import SEGCLI, bench, vgg16
 
 from segcli.device import cpus, describe, pick_device, pick_devices
 from segcli.inference.benchmark import Size, processor_name, write_photos
@@ -31,9 +30,7 @@ from segcli.inference.benchmark import Size, processor_name, write_photos
 
 def alone(model: str, device: str) -> float:
     """Images/s of network and labels."""
-    command = [*SEGCLI, "bench", "--model", model, "--device", device, "--images", "0", "--json", "-q"]
-    found = json.loads(subprocess.check_output(command))
-    (size,) = found["sizes"]
+    (size,) = bench(model, 0, "--device", device)["sizes"]
     rate, share = size["images_per_second"], size["share_of_matrix_rate"]
     print(f"  network and labels alone: {rate:.0f} images/s, {share:.0%} of the rate of large products")
     return float(rate)
@@ -69,8 +66,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["vgg16", "fcn8s-voc"])
     parser.add_argument("--device", default="cuda:all")
     options = parser.parse_args()
-    device = describe(pick_device(pick_devices(options.device)[0]))
-    where = f"{device}, {cpus()} CPUs in use of {processor_name()}"
+    first = pick_devices(options.device)[0]
+    where = f"{describe(pick_device(first))}, {cpus()} CPUs in use of {processor_name()}"
     print(f"{datetime.date.today()}, {where}, torch {torch.__version__}; {options.images} photos")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -78,7 +75,7 @@ def main() -> None:
         for model in options.models:
             print(model, flush=True)
             file = vgg16(folder) if model == "vgg16" else model
-            network = alone(file, pick_devices(options.device)[0])
+            network = alone(file, first)
             for count in options.processes:
                 by_processes(file, options.device, folder / "photos", count, network)
 
