@@ -35,6 +35,7 @@ bench: setup  ## time networks, folders, colorize and start-up beside what peopl
 	PATH="$(CURDIR)/$(BIN):$$PATH" uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[bench]'
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/border.py
+	$(BIN)/python benchmarks/packed.py
 	$(BIN)/python benchmarks/folders.py
 	$(BIN)/python benchmarks/photographs.py
 	$(BIN)/python benchmarks/colorize.py

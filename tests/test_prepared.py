@@ -9,6 +9,7 @@ import released
 import torch
 from torch import Tensor, nn
 
+from segcli.models.alexnet import AlexNetFCN
 from segcli.models.fcn import FINAL_LAYER, Network
 from segcli.models.networks import get
 from segcli.models.prepared import folded, prepare, sharing_copy
@@ -116,3 +117,14 @@ def test_a_network_without_upsampling_layers() -> None:
     images = torch.randn(1, 3, 40, 52)
     with torch.inference_mode():
         assert relative_error(prepare(network, CPU)(images), network(images)) < 1e-5
+
+
+def test_alexnet_in_half_precision() -> None:
+    torch.manual_seed(0)
+    network = AlexNetFCN(3, released.THIN_ALEXNET)
+    network.load_state_dict(released.alexnet_weights(3, 0))
+    images = torch.randn(1, 3, 50, 70)
+    with torch.inference_mode():
+        expected = network.eval()(images)
+        found = prepare(network, CPU, "bf16")(images)
+    assert 0 < relative_error(found, expected) < 2e-2

@@ -35,6 +35,7 @@ from segcli.inference.processes import Processes
 from segcli.inference.segmentation import Segmenter
 from segcli.inference.sources import Input, parse
 from segcli.inference.storage import open_storage
+from segcli.models import packed
 from segcli.models.fcn import Network
 from segcli.models.preprocessing import network_size, to_tensor
 
@@ -163,7 +164,7 @@ def matrix_rates(device: torch.device, rounds: int) -> dict[str, float]:
 
 def multiplications(work: Callable[[], object]) -> int:
     """How many multiplications PyTorch's matrix products and convolutions take in `work`."""
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=packed.multiplications()) as counter:
         work()
     return int(counter.get_total_flops()) // 2  # it counts the additions, too
 

@@ -76,5 +76,5 @@ def _pool(x: Tensor) -> Tensor:
 
 
 def _normalize(x: Tensor) -> Tensor:
-    """Local response normalisation over five channels, Caffe's LRN layer."""
-    return F.local_response_norm(x, size=5, alpha=1e-4, beta=0.75, k=1.0)
+    """Local response normalisation over five channels, Caffe's LRN layer; on processors only in float32."""
+    return F.local_response_norm(x.float(), size=5, alpha=1e-4, beta=0.75, k=1.0).to(x.dtype)

@@ -42,6 +42,7 @@ class ResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
+        self.relu1 = nn.ReLU(inplace=True)
         before = 64
         for stage, count in enumerate(blocks):
             layers = []
@@ -53,7 +54,7 @@ class ResNet(nn.Module):
         initialize(self)
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        x = F.relu(self.bn1(self.conv1(images)), inplace=True)  # stride 2
+        x = self.relu1(self.bn1(self.conv1(images)))  # stride 2
         x = self.get_submodule("layer1")(F.max_pool2d(x, 3, stride=2, padding=1))  # stride 4
         pool3 = self.get_submodule("layer2")(x)
         pool4 = self.get_submodule("layer3")(pool3)
@@ -75,6 +76,8 @@ class ResidualBlock(nn.Module):
             convolution = nn.Conv2d(inner, channels, kernel, step, kernel // 2, bias=False)
             self.add_module(f"conv{number}", convolution)
             self.add_module(f"bn{number}", nn.BatchNorm2d(channels))
+            if number < len(layers):
+                self.add_module(f"relu{number}", nn.ReLU(inplace=True))
             inner = channels
         self.depth = len(layers)
         self.downsample = nn.Sequential()
@@ -87,7 +90,7 @@ class ResidualBlock(nn.Module):
         for number in range(1, self.depth + 1):
             y = getattr(self, f"bn{number}")(getattr(self, f"conv{number}")(y))
             if number < self.depth:
-                y = F.relu(y, inplace=True)
+                y = getattr(self, f"relu{number}")(y)
         return F.relu(y.add_(self.downsample(x)), inplace=True)
 
 

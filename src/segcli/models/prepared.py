@@ -1,6 +1,6 @@
 """A network made ready to predict: the same scores in less time, or nearly the same in half precision.
 
-Six things are done, on a copy that shares what weights stay as they are:
+Seven things are done, on a copy that shares what weights stay as they are:
 
 - Batch normalisation after a convolution is folded into its weights; at inference both are linear.
 - VGG16 networks are computed only where the image can reach, see `windowed`.
@@ -9,6 +9,7 @@ Six things are done, on a copy that shares what weights stay as they are:
 - Weights become bfloat16 or float16 where that was asked for. The head of an FCN, which scores, upsamples and
   adds, stays in float32: it is little work, and scores of different strides nearly cancel at borders.
 - Maps and weights lie channels last, as the convolutions of processors and GPUs want them.
+- On processors weights are brought into the order in which they are used beforehand, see `packed`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from segcli.models.fcn import FCN, FINAL_LAYER, Bilinear, Features, Network, is_bilinear
+from segcli.models.packed import can_pack, pack
 from segcli.models.windowed import WindowedVGG16, windowed
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,6 +54,8 @@ class PreparedNetwork(Network):
         self.format = torch.contiguous_format if device.type == "mps" else torch.channels_last
         if dtype != torch.float32 or not isinstance(self.network, WindowedVGG16):
             self.network.to(memory_format=self.format)
+        if device.type == "cpu" and not isinstance(self.network, WindowedVGG16) and can_pack(dtype):
+            pack(self.network)
         self.eval()
 
     def score_pyramid(self, images: Tensor) -> list[Tensor]:

@@ -453,18 +453,38 @@ def _convolution(step: _Step) -> Rows:
         for place, name, default in ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
     )
     groups = step.argument(6, "groups", 1)
-    extents = [spread * (side - 1) + 1 for spread, side in zip(dilation, weight.shape[2:], strict=True)]
-    size, _, *lengths = step.inputs[0].shape
-    height, width = (
-        (length + 2 * around - extent) // stepped + 1
-        for length, around, extent, stepped in zip(lengths, padding, extents, stride, strict=True)
-    )
 
     def apply(part: Tensor) -> Tensor:
         return F.conv2d(part, weight, bias, stride, (0, padding[1]), dilation, groups)
 
-    shape = size, weight.shape[0], height, width
-    return sliding(shape, (extents[0], stride[0], padding[0]), 0, apply)
+    window = _pair(weight.shape[2:]), stride, padding, dilation
+    return convolution_rows(step.inputs[0].shape, weight.shape[0], *window, apply)
+
+
+def convolution_rows(
+    shape: Shape,
+    channels: int,
+    kernel_size: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    apply: Callable[[Tensor], Tensor],
+) -> Rows:
+    """A convolution as PyTorch describes it.
+
+    Args:
+        shape: Of the input.
+        channels: Of the output.
+        kernel_size, stride, padding, dilation: Down and across.
+        apply: Computes rows without padding above and below.
+    """
+    extents = [spread * (side - 1) + 1 for spread, side in zip(dilation, kernel_size, strict=True)]
+    height, width = (
+        (length + 2 * around - extent) // stepped + 1
+        for length, around, extent, stepped in zip(shape[2:], padding, extents, stride, strict=True)
+    )
+    made = shape[0], channels, height, width
+    return sliding(made, (extents[0], stride[0], padding[0]), 0, apply)
 
 
 def _max_pooling(step: _Step) -> Rows:
