@@ -15,6 +15,7 @@ from processes import Process, run, wait_until
 from results import tree
 from small_model import save_picture, small_model
 
+from segcli.cli.predict import by_processor
 from segcli.cli.runs import MANY, count_up_to_many, default_processes
 from segcli.device import pick_devices
 from segcli.errors import UsageError
@@ -144,7 +145,7 @@ def test_a_model_that_cannot_be_used_is_told_once(eight: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("gib", "devices", "images", "expected"),
+    ("gpu", "devices", "images", "expected"),
     [
         (80, 1, MANY, 4),  # one for every four cores
         (80, 2, MANY, 2),
@@ -155,14 +156,42 @@ def test_a_model_that_cannot_be_used_is_told_once(eight: Path, tmp_path: Path) -
     ],
 )
 def test_processes_that_feed_a_gpu(
-    gib: int, devices: int, images: int, expected: int, monkeypatch: pytest.MonkeyPatch
+    gpu: int, devices: int, images: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("segcli.cli.runs.cpus", lambda: 16)
-    assert default_processes(gib << 30, devices, lambda: images) == expected
+    assert default_processes(gpu << 30, 64 << 30, devices, lambda: images) == expected
 
 
-def test_without_a_gpu_nothing_is_counted() -> None:
-    assert default_processes(0, 1, lambda: pytest.fail("it was counted")) == 1
+@pytest.mark.parametrize(
+    ("memory", "cores", "images", "expected"),
+    [
+        (64, 16, MANY, 8),  # one for every two cores
+        (64, 5, MANY, 2),
+        (64, 64, MANY, 8),  # at most
+        (64, 16, MANY - 1, 1),  # they would not pay
+        (32, 16, MANY, 5),  # 6 GiB for each
+        (8, 16, MANY, 1),
+    ],
+)
+def test_processes_that_share_a_processor(
+    memory: int, cores: int, images: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segcli.cli.runs.cpus", lambda: cores)
+    assert default_processes(0, memory << 30, 1, lambda: images) == expected
+
+
+def test_where_one_process_is_enough_nothing_is_counted() -> None:
+    assert default_processes(0, 0, 1, lambda: pytest.fail("it was counted")) == 1
+
+
+def test_only_pytorch_on_a_processor_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert by_processor("cpu", "torch")
+    assert by_processor("auto", "torch")
+    assert not by_processor("cpu", "openvino")  # it is one process with threads of its own
+    assert not by_processor("mps", "torch")
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert not by_processor("auto", "torch")  # it may be Apple's GPU
+    assert by_processor("cpu", "torch")
 
 
 def test_inputs_are_counted_but_for_those_of_stores_and_stdin(tmp_path: Path) -> None:

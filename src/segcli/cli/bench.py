@@ -11,7 +11,7 @@ import typer
 
 from segcli.cli.downloading import get_model
 from segcli.cli.options import Device, Json, Model, Offline, Precision, Quiet, Runtime, Verbose
-from segcli.cli.predict import BatchSize, Processes, kinds_of, number_or_auto
+from segcli.cli.predict import BatchSize, Processes, by_processor, kinds_of, number_or_auto
 from segcli.cli.runs import Workers, default_processes, default_workers
 from segcli.cli.terminal import Terminal
 from segcli.errors import UsageError
@@ -76,6 +76,7 @@ def bench(
     from segcli import __version__
     from segcli.inference import benchmark
     from segcli.inference.plan import Plan
+    from segcli.memory import memory_of
     from segcli.models.checkpoint import load_model
     from segcli.models.prepared import prepare
     from segcli.models.preprocessing import to_tensor
@@ -106,7 +107,8 @@ def bench(
         if images:
             progress.say(f"Segmenting a folder of {images} photographs.")
             gpu = memory_of_gpu(picked)
-            crew = of_the_device or default_processes(gpu, 1, lambda: images)
+            shared = memory_of("auto") if by_processor(device, runtime) else 0
+            crew = of_the_device or default_processes(gpu, shared, 1, lambda: images)
             used = default_workers(gpu > 0, crew) if workers is None else workers
             whole = benchmark.folder_speed(segmenter, plan, crew, found_sizes, images, used, folder)
             if whole.interrupted:

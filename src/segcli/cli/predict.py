@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -95,7 +96,7 @@ Processes = Annotated[
     typer.Option(
         metavar="auto|N",
         help="Processes that compute, among which the device and the cores are shared out. auto: several "
-        "where one could not feed its GPU with a large folder.",
+        "for a large folder, where one could not keep the GPU or many cores busy.",
     ),
 ]
 Calibrate = Annotated[
@@ -233,7 +234,10 @@ def predict(
 
     kept = None if overwrite or precision != "auto" else kept_precision(results)
     devices, precision, gpu = where_to_compute(device, runtime, precision, kept, cluster)
-    devices *= of_each_device or default_processes(gpu, len(devices), lambda: count_up_to_many(found, part))
+    shared = most if cluster is None and by_processor(device, runtime) else 0
+    devices *= of_each_device or default_processes(
+        gpu, shared, len(devices), lambda: count_up_to_many(found, part)
+    )
     weights = sha256(model_file)
     readers = default_workers(gpu > 0, len(devices)) if workers is None else workers
     ranges = None
@@ -344,6 +348,11 @@ def where_to_compute(
     devices = pick_devices(device) if device == "cuda:all" else [device]
     picked = pick_runtime(runtime, devices[0])
     return devices, kept or pick_precision(precision, picked, runtime), memory_of_gpu(picked)
+
+
+def by_processor(device: str, runtime: str) -> bool:
+    """Whether PyTorch will compute on the processor where it finds no CUDA, and not on Apple's GPU."""
+    return runtime == "torch" and (device == "cpu" or (device == "auto" and sys.platform != "darwin"))
 
 
 def calibration_for(

@@ -30,7 +30,9 @@ Out = Annotated[str, typer.Argument(metavar="DIR", help="An output folder of seg
 LINE_EVERY = 30  # seconds between two lines about the progress, where there is no terminal
 SHOWN_CLASSES = 12
 MANY = 5000  # images for which it pays to start several processes
-GPU_SHARE = 6 << 30  # bytes of a GPU's memory that a process may need
+PROCESS = 6 << 30  # bytes of memory that one of several processes may need
+CORES_AT_A_GPU = 4  # that a process keeps busy with decoding and encoding
+CORES_THAT_COMPUTE = 2  # that a process without a GPU keeps busy
 
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Do everything again, also where earlier results are good.")
@@ -50,18 +52,19 @@ def default_workers(gpu: bool = False, processes: int = 1) -> int:
     return max(1, max(least, min(most, cpus() // 2)) // processes)
 
 
-def default_processes(gpu: int, devices: int, images: Callable[[], int]) -> int:
-    """How many processes compute on each device: one, but for a GPU and many images one for every four cores.
+def default_processes(gpu: int, memory: int, devices: int, images: Callable[[], int]) -> int:
+    """How many processes compute on each device: one, but for many images one for every few cores.
 
-    One process runs one line of Python at a time, and keeps eight cores or so busy. But every one takes
-    seconds to start, and memory of the GPU.
+    One process runs one line of Python at a time. But every one takes seconds to start, and memory.
 
     Args:
         gpu: The bytes of memory of a GPU, 0 without one.
+        memory: Bytes of this machine, where its processor computes; 0 where one process is to do that.
         devices: How many there are.
         images: Counts the inputs, or as many as are `MANY`.
     """
-    most = min(8, cpus() // (4 * devices), gpu // GPU_SHARE)
+    cores = CORES_AT_A_GPU if gpu else CORES_THAT_COMPUTE
+    most = min(8, cpus() // (cores * devices), (gpu or memory) // PROCESS)
     return most if most > 1 and images() >= MANY else 1
 
 

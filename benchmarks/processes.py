@@ -1,7 +1,7 @@
-"""`segcli predict` on the GPUs of a machine, by one process and by several, beside the network alone.
+"""`segcli predict` by one process and by several, on GPUs or a processor, beside the network alone.
 
-    python benchmarks/gpus.py [--images 2000] [--processes 1 2 4 8] [--models vgg16 fcn8s-voc]
-                              [--device cuda:all]
+    python benchmarks/processes.py [--images 2000] [--processes 1 2 4 8] [--models vgg16 fcn8s-voc]
+                                   [--device cuda:all]
 
 Of each model, with masks and overlays of 500 x 375 photos, it prints
 
