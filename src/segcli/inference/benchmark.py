@@ -41,6 +41,7 @@ from segcli.models.preprocessing import network_size, to_tensor
 
 SIDE = {"cpu": 2048, "cuda": 8192, "mps": 4096}  # of the square matrices whose product is timed
 STAGES = ("decode", "resize", "network", "labels", "encode")
+STREAM = 0.5  # seconds that a stream of images is to take, roughly
 DISTINCT = 8  # photographs per size; more files are copies, for making one takes longer than reading it
 
 
@@ -212,12 +213,18 @@ def speeds(
         rounds: How often everything is timed.
         folder: Where photographs are put.
     """
+    import cv2
+
+    cv2.setNumThreads(1)  # as in a run, where what resizes and encodes are threads already
     jobs: dict[str, Callable[[], object]] = {}
-    counts = {}
+    counts, waiting = {}, {}
     for path, size in zip(write_photos(folder, sizes, len(sizes)), sizes, strict=True):
         pixels = read_image(path).pixels
         picture = Decoded(Input(str(path), path.name), pixels)
-        jobs |= {f"{size} {name}": job for name, job in _jobs(segmenter, picture, path).items()}
+        of_this_size = _jobs(segmenter, picture, path)
+        waiting[size] = _waiting(segmenter, of_this_size["whole"])
+        of_this_size["stream"] = functools.partial(_stream, segmenter, picture, waiting[size])
+        jobs |= {f"{size} {name}": job for name, job in of_this_size.items()}
         device = next(counted.parameters()).device
         images = to_tensor(pixels, segmenter.preprocessing).to(device)
         with torch.no_grad():
@@ -230,19 +237,31 @@ def speeds(
         stages = {name: timings[f"{size} {name}"] for name in STAGES}
         for name in ("network", "labels"):
             stages[name] = _per_image(stages[name], segmenter.batch_size)
-        stream = _per_image(timings[f"{size} stream"], _waiting(segmenter))
+        stream = _per_image(timings[f"{size} stream"], waiting[size])
         seen = Size(width, height)
         found.append(Speed(size, seen, timings[f"{size} whole"], stream, stages, counts[size]))
     return found
 
 
-def _waiting(segmenter: Segmenter) -> int:
-    """How many images a stream is timed with."""
-    return 4 * segmenter.at_once * max(segmenter.batch_size, segmenter.side_by_side)
+def _waiting(segmenter: Segmenter, whole: Callable[[], object]) -> int:
+    """How many images a stream is timed with, so many that its beginning and end hardly count."""
+    whole()
+    start = time.perf_counter()
+    whole()
+    rounds = round(STREAM / (time.perf_counter() - start))
+    at_a_time = segmenter.at_once * max(segmenter.batch_size, segmenter.side_by_side)
+    return at_a_time * max(4, min(32, rounds))
+
+
+def _stream(segmenter: Segmenter, picture: Decoded, count: int) -> None:
+    """Compute a picture many times."""
+    many = (replace(picture) for _ in range(count))
+    for _ in segmenter.compute(Ahead(many, segmenter.batch_size, threading.Event())):
+        pass
 
 
 def _jobs(segmenter: Segmenter, picture: Decoded, path: Path) -> dict[str, Callable[[], object]]:
-    """The stages of one batch of a picture, and what takes pixels to label maps: of a batch, and of many."""
+    """The stages of one batch of a picture, and what takes its pixels to label maps."""
     batch = [replace(picture) for _ in range(segmenter.batch_size)]
     pixels = [segmenter.prepared(each) for each in batch]
     scores = segmenter.scores(batch)
@@ -255,11 +274,6 @@ def _jobs(segmenter: Segmenter, picture: Decoded, path: Path) -> dict[str, Calla
             segmenter.expect(each)
         segmenter.begin(batch).results()
 
-    def stream() -> None:
-        many = (replace(picture) for _ in range(_waiting(segmenter)))
-        for _ in segmenter.compute(Ahead(many, segmenter.batch_size, threading.Event())):
-            pass
-
     return {
         "decode": lambda: read_image(path),
         "resize": lambda: segmenter.prepared(picture),
@@ -267,7 +281,6 @@ def _jobs(segmenter: Segmenter, picture: Decoded, path: Path) -> dict[str, Calla
         "labels": lambda: segmenter.classified(batch, scores).results(),
         "encode": lambda: segmenter.encode(picture, result),
         "whole": whole,
-        "stream": stream,
     }
 
 
