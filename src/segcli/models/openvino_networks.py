@@ -9,6 +9,7 @@ OpenVINO is reached by its frontend for PyTorch; `openvino.convert_model` would 
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -256,6 +257,8 @@ def _converted(
     from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 
     example = torch.zeros(1, channels, *EXAMPLE)
+    # It gives tracebacks in words where it cannot say what sizes are allowed; all of them are.
+    logging.getLogger("torch.fx.experimental.symbolic_shapes").setLevel(logging.ERROR)
     any_size = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
     with torch.no_grad():
         exported = torch.export.export(Part(owner, function).eval(), (example,), dynamic_shapes=(any_size,))
