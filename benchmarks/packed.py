@@ -11,15 +11,17 @@ from __future__ import annotations
 import argparse
 import datetime
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from border import show
 
 from segcli.inference.benchmark import interleaved, processor_name
-from segcli.models import prepared
 from segcli.models.checkpoint import load_model
 from segcli.models.fcn import Network
 from segcli.models.networks import get
+from segcli.models.packed import can_pack
+from segcli.models.prepared import prepare
 from segcli.models.zoo import bundled_models
 
 MODELS = ("fcn8s-voc", "fcn8s-mobilenet_v3_large", "fcn8s-resnet50", "fcn_resnet50", "fcn-alexnet")
@@ -38,17 +40,15 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     print(f"{datetime.date.today()}, {processor_name()}, torch {torch.__version__}, one thread")
-    can_pack = prepared.can_pack
     for name in options.models:
         network = network_of(name)
         images = torch.randn(1, 3, 375, 500) if name == "fcn-alexnet" else torch.randn(1, 3, 256, 341)
         for precision in ("fp32", "bf16"):
             jobs = {}
             for told, possible in {"plain": lambda dtype: False, "packed": can_pack}.items():
-                prepared.can_pack = possible
-                jobs[told] = partial(
-                    prepared.prepare(network, torch.device("cpu"), precision).score_pyramid, images
-                )
+                with patch("segcli.models.prepared.can_pack", possible):
+                    made = prepare(network, torch.device("cpu"), precision)
+                jobs[told] = partial(made.score_pyramid, images)
             with torch.inference_mode():
                 show(f"{name} in {precision}", interleaved(jobs, options.rounds))
                 plain, packed = (job()[-1] for job in jobs.values())

@@ -309,6 +309,7 @@ def predict(
         },
         start=start,
         workers=readers,
+        finishers=readers if gpu else 0,  # a processor has no cores to spare for them
         memory=most,
         overwrite=overwrite,
         shard=part,

@@ -317,6 +317,7 @@ def folder_speed(
         options={},
         start=lambda: segmenter,
         workers=workers,
+        finishers=workers if segmenter.device.type == "cuda" else 0,
     )
     starts = [replace(plan, processes=processes).start] * processes
     run(task, progress, Processes(task, starts) if processes > 1 else None)

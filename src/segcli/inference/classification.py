@@ -8,29 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from segcli.errors import ImageError
+from segcli.inference.products import Segmentation
 from segcli.models.strips import Strips
 
 # Scores of the full size at a time, whatever the size of the images. GPUs want much to do at a time.
 BAND = {"cpu": 1 << 24, "cuda": 1 << 26, "mps": 1 << 24}
-
-
-@dataclass(frozen=True)
-class Segmentation:
-    """What was found in one image, at the size at which it is displayed."""
-
-    labels: npt.NDArray[np.integer[Any]]  # (H, W) class ids, uint8, or uint16 above 256 classes
-    confidence: npt.NDArray[np.uint8] | None = None  # (H, W) probability of the class, 255 = certain
-    probabilities: npt.NDArray[np.float16] | None = None  # (C, H, W), sum 1 over C
-    second: npt.NDArray[np.integer[Any]] | None = None  # (H, W) ids of the model's second label space
 
 
 @dataclass(frozen=True)

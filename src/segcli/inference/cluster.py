@@ -35,9 +35,10 @@ from typing import TYPE_CHECKING, Any
 from segcli import __version__
 from segcli.errors import MachineError, SegcliError, UsageError
 from segcli.inference.ahead import LOOK, Ahead
+from segcli.inference.finishing import failed
 from segcli.inference.interrupts import SIGNALS
 from segcli.inference.layout import RUN_FILE, RUN_FOLDER
-from segcli.inference.pipeline import Note, Task, failed
+from segcli.inference.pipeline import Note, Task
 from segcli.inference.plan import Plan
 from segcli.inference.sources import Input
 from segcli.inference.storage import absolute, open_storage
@@ -187,7 +188,7 @@ class RayCluster:
                 run.give(([item] for item in list(run.held.values())), self.places, alone=True)
         if not stop.is_set():
             for item in run.held.values():
-                note(item.source, failed(task, item.source, "computing it takes its process down"))
+                note(item.source, failed(task.model, item.source, "computing it takes its process down"))
         return all_lived and not run.held
 
     def _lay_out_again(self) -> None:

@@ -34,9 +34,10 @@ from segcli.files import sha256, write_atomic
 from segcli.inference.ahead import Ahead
 from segcli.inference.cluster import Places, here
 from segcli.inference.decoders import Decoded, Decoders
+from segcli.inference.finishing import NO_FILES
 from segcli.inference.layout import RUN_FILE, RUN_FOLDER
 from segcli.inference.manifest import Entry
-from segcli.inference.pipeline import NO_FILES, Task, Work, compute_and_write, readable
+from segcli.inference.pipeline import Task, Work, compute_and_write, readable
 from segcli.inference.plan import Plan
 from segcli.inference.sources import Input
 from segcli.memory import memory_of

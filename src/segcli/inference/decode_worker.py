@@ -10,31 +10,25 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import resource
 import signal
 import socket
-import struct
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from segcli import images
 from segcli.errors import ImageError
+from segcli.inference.messages import Array, receive, send
 
-Array = npt.NDArray[Any]
 Reader = Callable[[str, images.Announce], tuple[Array, tuple[str, ...], Array | None]]
 
 LARGE = 2_000_000  # pixels; a worker asks before it decodes more
 PIECE = 1 << 20  # bytes of a file that are hashed at a time
 GIB = 1 << 30
-FRAME = struct.Struct("!IQ")  # length of the header, length of the pixels
 
 
 def read_image(path: str, announce: images.Announce) -> tuple[Array, tuple[str, ...], None]:
@@ -118,41 +112,6 @@ def decode(path: str, reader: str, ask: Callable[[int], None]) -> tuple[dict[str
         pixels = None
     header["milliseconds"] = (time.perf_counter() - start) * 1e3
     return header, pixels
-
-
-def send(connection: socket.socket, header: dict[str, Any], pixels: Array | None = None) -> None:
-    """Send one message; `pixels` travel as they lie in memory, their shape and type in the header."""
-    if pixels is not None:
-        pixels = np.ascontiguousarray(pixels)
-        header = {**header, "shape": pixels.shape, "dtype": pixels.dtype.str}
-    text = json.dumps(header).encode()
-    connection.sendall(FRAME.pack(len(text), 0 if pixels is None else pixels.nbytes) + text)
-    if pixels is not None:
-        connection.sendall(pixels.reshape(-1).view(np.uint8).data)
-
-
-def receive(connection: socket.socket) -> tuple[dict[str, Any], Array | None]:
-    """Receive one message. Raises EOFError when the other side has gone."""
-    length, size = FRAME.unpack(bytes(_fill(connection, bytearray(FRAME.size))))
-    header = json.loads(bytes(_fill(connection, bytearray(length))))
-    if not size:
-        return header, None
-    pixels = np.empty(header["shape"], np.dtype(header["dtype"]))
-    if pixels.nbytes != size:
-        raise EOFError("a message of the wrong size")
-    _fill(connection, pixels.reshape(-1).view(np.uint8).data)
-    return header, pixels
-
-
-def _fill(connection: socket.socket, buffer: bytearray | memoryview) -> bytearray | memoryview:
-    view = memoryview(buffer)
-    done = 0
-    while done < len(view):
-        count = connection.recv_into(view[done:])
-        if not count:
-            raise EOFError("the other side has gone")
-        done += count
-    return buffer
 
 
 def _confine() -> None:

@@ -28,16 +28,16 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import segcli
 from segcli.errors import ImageError, MachineError
 from segcli.inference.ahead import Ahead
-from segcli.inference.decode_worker import Array, decode, receive, seconds_for, send
+from segcli.inference.children import start_process
+from segcli.inference.decode_worker import decode, seconds_for
 from segcli.inference.fetching import Fetcher
+from segcli.inference.messages import Array, receive, send
 from segcli.inference.sources import Input
 from segcli.inference.storage import Content
 from segcli.memory import gib
@@ -276,22 +276,9 @@ class Decoders:
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
         ours.settimeout(60)  # between two parts of one message: a worker that was stopped from outside
-        paths = [str(Path(segcli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-        }
+        one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         with theirs:
-            process = subprocess.Popen(
-                [*self._program, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,  # libraries complain there about damaged files
-            )
+            process = start_process(self._program, theirs.fileno(), **one)
         worker = _Worker(process, ours)
         self._workers.append(worker)
         self._selector.register(ours, selectors.EVENT_READ, worker)

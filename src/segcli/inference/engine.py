@@ -26,6 +26,7 @@ from segcli.errors import MachineError
 from segcli.inference import archives
 from segcli.inference.ahead import Ahead
 from segcli.inference.decoders import Decoders
+from segcli.inference.finishing import NO_FILES, failed
 from segcli.inference.interrupts import Interrupts
 from segcli.inference.layout import RUN_FOLDER
 from segcli.inference.manifest import (
@@ -40,7 +41,7 @@ from segcli.inference.manifest import (
     remove_others,
     write_run,
 )
-from segcli.inference.pipeline import NO_FILES, Note, Task, Work, failed, work_through
+from segcli.inference.pipeline import Note, Task, Work, work_through
 from segcli.inference.shards import Shard, inputs
 from segcli.inference.sources import Input, PassedOver, Sources
 from segcli.inference.storage import Content
@@ -183,11 +184,13 @@ def _process(
         if not todo.wait():
             return  # the model is not even loaded
         if helpers:
-            if not helpers.work_through(task, todo, book.note, ready, stop) and task.shard is None:
-                task.out.remove_leftovers()  # of a shard they go when it is merged
+            all_lived = helpers.work_through(task, todo, book.note, ready, stop)
         else:
             # What an earlier run left is often only what cannot be read.
-            work_through(task, todo, decoders, start, book.note, stop, patient=len(book.manifest) > 0)
+            patient = len(book.manifest) > 0
+            all_lived = work_through(task, todo, decoders, start, book.note, stop, patient)
+        if not all_lived and task.shard is None:
+            task.out.remove_leftovers()  # of a shard they go when it is merged
     finally:
         stop.set()
         if helpers:
@@ -251,7 +254,7 @@ class _Book:
         self.manifest.append(*entries)
 
     def failed(self, source: str, reason: str) -> None:
-        self.note(source, failed(self._task, source, reason))
+        self.note(source, failed(self._task.model, source, reason))
 
     def note(self, source: str, entry: Entry, files: Mapping[str, bytes] = NO_FILES, /) -> None:
         if files:

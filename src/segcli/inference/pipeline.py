@@ -1,7 +1,7 @@
 """What becomes of one input after the other, in one process: decode, compute, encode, write, note.
 
        decode -> compute -> encode and write -> an entry for the manifest
-      processes  this thread     threads
+      processes  this thread   threads or processes
 
 Every arrow is a queue of fixed size. What is computed is the business of the command: `Work` says how.
 `segcli predict` is `segmentation.Segmenter`. Who knows the inputs and keeps the manifest is not said here:
@@ -11,29 +11,23 @@ the same process (`engine.py`), one that drives several (`processes.py`), or one
 from __future__ import annotations
 
 import contextlib
-import errno
-import hashlib
 import threading
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-from segcli.errors import ImageError, MachineError
+from segcli.errors import ImageError
 from segcli.inference.ahead import Ahead
 from segcli.inference.decoders import Decoded, Decoders
-from segcli.inference.layout import file_of
+from segcli.inference.finishing import Finishers, Finishing, failed
 from segcli.inference.manifest import Entry, digest
 from segcli.inference.shards import Shard
 from segcli.inference.sources import Input, Sources
-from segcli.inference.storage import Content, Storage, absolute
+from segcli.inference.storage import Storage
 
 R = TypeVar("R")
-NO_FILES: Mapping[str, bytes] = {}
 WRITERS = 2  # threads that encode and write, where a network is the bottleneck
-# The file's own name is at fault, not the disk: only this input fails.
-OWN_FAULTS = {errno.ENAMETOOLONG, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ELOOP, errno.EILSEQ}
 
 
 class Note(Protocol):
@@ -61,7 +55,10 @@ class Work(Protocol[R]):
         """In one thread: every picture with its result, or with the reason why there is none."""
 
     def encode(self, picture: Decoded, result: R) -> tuple[dict[str, bytes], dict[str, float]]:
-        """In a thread: files by kind of product, and the shares of the classes."""
+        """In a thread: files by kind of product, and the shares of the classes.
+
+        Where a task has `finishers`, it is sent to other processes.
+        """
 
 
 @dataclass(frozen=True)
@@ -79,6 +76,7 @@ class Task(Generic[R]):
     workers: int = 1
     memory: int | None = None  # bytes that it may take; None sets no limit
     writers: int = WRITERS
+    finishers: int = 0  # processes that encode and write as well
     overwrite: bool = False
     shard: Shard | None = None  # only this part of the inputs
     in_tars: bool = False  # files go into tars, see `archives.py`: whoever notes them writes them
@@ -92,7 +90,7 @@ def work_through(
     note: Note,
     stop: threading.Event,
     patient: bool = False,
-) -> None:
+) -> bool:
     """Decode, compute and write all items, and note each of them.
 
     Args:
@@ -104,6 +102,9 @@ def work_through(
         stop: Set by anyone to end early; set here when the disk is full or the like.
         patient: Call `start` only once there is something that can be read.
 
+    Returns:
+        See `compute_and_write`.
+
     Raises:
         MachineError: Nothing can be written, ...
     """
@@ -111,8 +112,8 @@ def work_through(
     pictures = Ahead(decoded, task.workers + 2, stop)
     try:
         if (patient and not pictures.wait()) or stop.is_set():
-            return
-        compute_and_write(task, start(), pictures, note, decoders.release, stop)
+            return True
+        return compute_and_write(task, start(), pictures, note, decoders.release, stop)
     finally:
         stop.set()
         pictures.thread.join(timeout=2)
@@ -125,7 +126,7 @@ def compute_and_write(
     note: Note,
     release: Callable[[Decoded], None],
     stop: threading.Event,
-) -> None:
+) -> bool:
     """Compute and write what was read, and note each.
 
     Args:
@@ -136,18 +137,21 @@ def compute_and_write(
         release: Called when the pixels of a picture are no longer used.
         stop: Set here when the disk is full or the like.
 
+    Returns:
+        Whether all processes have lived: one that dies may leave files half written, under temporary names.
+
     Raises:
         MachineError: Nothing can be written, ...
     """
-    settings = digest(task.settings)
-    errors: list[MachineError] = []
-    count = max(task.writers, task.out.at_a_time)
+    finishing = Finishing(work.encode, task.out, task.model, digest(task.settings), task.in_tars)
+    errors: list[Exception] = []
+    count = max(task.writers, task.finishers, task.out.at_a_time)
     slots = threading.Semaphore(2 * count)
 
     def finish(picture: Decoded, result: R | ImageError) -> None:
         try:
-            note(picture.item.source, *_finished(task, work, picture, result, settings))
-        except MachineError as error:
+            note(picture.item.source, *finishers.finished(picture, result))
+        except Exception as error:  # a full disk, most likely; raised below, and no picture is lost unsaid
             errors.append(error)
             stop.set()
         finally:
@@ -157,25 +161,16 @@ def compute_and_write(
     import cv2
 
     cv2.setNumThreads(1)  # what encodes are threads already
-    with ThreadPoolExecutor(count) as writers:
+    with (
+        contextlib.closing(Finishers(finishing, task.finishers)) as finishers,
+        ThreadPoolExecutor(count) as pool,
+    ):
         for picture, result in work.compute(pictures):
             slots.acquire()
-            writers.submit(finish, picture, result)
+            pool.submit(finish, picture, result)
     if errors:
         raise errors[0]
-
-
-def failed(task: Task[Any], source: str, reason: str, picture: Decoded | None = None) -> Entry:
-    """The entry of an input without a result."""
-    return Entry(
-        source=absolute(source),
-        output=None,
-        status="failed",
-        reason=reason,
-        model=task.model,
-        milliseconds=round(picture.milliseconds, 1) if picture else None,
-        input=picture.content if picture else None,
-    )
+    return finishers.all_lived
 
 
 def readable(
@@ -185,63 +180,7 @@ def readable(
     with contextlib.closing(decoded):
         for picture in decoded:
             if picture.pixels is None:
-                note(picture.item.source, failed(task, picture.item.source, picture.problem, picture))
+                note(picture.item.source, failed(task.model, picture.item.source, picture.problem, picture))
                 release(picture)
             else:
                 yield picture
-
-
-def _finished(
-    task: Task[R], work: Work[R], picture: Decoded, result: R | ImageError, settings: str
-) -> tuple[Entry, Mapping[str, bytes]]:
-    """Encode and write what was computed for one picture.
-
-    Returns:
-        What became of it, and what goes into a tar.
-
-    Raises:
-        MachineError: The disk is full, ...: no other picture could be written either.
-    """
-    start = time.perf_counter()
-    item = picture.item
-    try:
-        if isinstance(result, ImageError):
-            raise result
-        files, shares = work.encode(picture, result)  # all of them, before the first is written
-        written = {kind: _written(task, file_of(item.output, kind), data) for kind, data in files.items()}
-    except ImageError as error:
-        return failed(task, item.source, str(error), picture), {}
-    except MemoryError:
-        return failed(task, item.source, "there is not enough memory for an image of this size", picture), {}
-    except MachineError as error:
-        cause = error.__cause__
-        if isinstance(cause, OSError) and cause.errno in OWN_FAULTS:
-            return failed(task, item.source, str(error), picture), {}
-        raise
-    except Exception as error:  # not foreseen, but still the fault of one file, and the others go on
-        return failed(task, item.source, f"internal error, please report it: {error!r}", picture), {}
-    picture.milliseconds += (time.perf_counter() - start) * 1e3
-    assert picture.pixels is not None
-    height, width = picture.pixels.shape[:2]
-    entry = Entry(
-        source=absolute(item.source),
-        output=file_of(item.output, next(iter(written))),
-        status="done",
-        width=width,
-        height=height,
-        model=task.model,
-        milliseconds=round(picture.milliseconds, 1),
-        classes=shares,
-        notes=picture.notes,
-        settings=settings,
-        input=picture.content,
-        files=written,
-    )
-    return entry, files if task.in_tars else {}
-
-
-def _written(task: Task[Any], name: str, data: bytes) -> Content:
-    """Write a file, unless it goes into a tar, and say what it is."""
-    if task.in_tars:
-        return Content(len(data), 0, 0, hashlib.sha256(data).hexdigest())
-    return task.out.write(name, data)

@@ -12,8 +12,6 @@ so an input that takes a station down is found, and costs itself only.
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
 import subprocess
 import sys
 import threading
@@ -21,13 +19,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, Pipe, wait
-from pathlib import Path
 from typing import Any
 
-import segcli
 from segcli.errors import MachineError
 from segcli.inference.ahead import LOOK, Ahead
-from segcli.inference.pipeline import Note, Task, Work, failed
+from segcli.inference.children import how_ended, start_process
+from segcli.inference.finishing import failed
+from segcli.inference.pipeline import Note, Task, Work
 from segcli.inference.sources import Input
 from segcli.inference.station import Message
 from segcli.inference.storage import absolute
@@ -172,23 +170,15 @@ class Processes:
             if self._tries[source] > TRIES and len(member.held) == 1:
                 del self._tries[source]
                 reason = f"computing it takes the process down ({how})"
-                note(item.source, failed(self._task, item.source, reason))
+                note(item.source, failed(self._task.model, item.source, reason))
             else:
                 self._suspects.append(item)
         self._members[self._members.index(member)] = self._begin(member.start)
 
     def _begin(self, start: Callable[[], Work[Any]]) -> _Member:
         ours, theirs = Pipe()
-        paths = [str(Path(segcli.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
         with theirs:
-            process = subprocess.Popen(
-                [*self._program, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,  # its errors come as messages
-            )
+            process = start_process(self._program, theirs.fileno())
         with contextlib.suppress(OSError):  # it has died; `_hear` finds out
             ours.send((self._task, start))
         return _Member(start, process, ours)
@@ -204,7 +194,7 @@ class Processes:
             except (EOFError, OSError):
                 connection.close()
                 self._all_lived = False
-                yield member, ("lost", _how(member.process.wait()))
+                yield member, ("lost", how_ended(member.process.wait()))
 
     def kill(self) -> None:
         """End all of them at once."""
@@ -217,7 +207,3 @@ class Processes:
         for member in self._members:
             member.process.wait()
             member.connection.close()
-
-
-def _how(code: int) -> str:
-    return f"ended by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -5,21 +5,48 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from segcli.errors import ImageError
 from segcli.images import encode_jpeg, encode_mask, encode_png
-from segcli.palettes import ClassSet
+from segcli.inference.decoders import Decoded
+from segcli.palettes import ClassSet, count_ids
 from segcli.render import colorize, compare, overlay
-
-if TYPE_CHECKING:
-    from segcli.inference.classification import Segmentation
 
 Pixels = npt.NDArray[np.uint8]
 OVERLAY_QUALITY = 90
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """What was found in one image, at the size at which it is displayed."""
+
+    labels: npt.NDArray[np.integer[Any]]  # (H, W) class ids, uint8, or uint16 above 256 classes
+    confidence: npt.NDArray[np.uint8] | None = None  # (H, W) probability of the class, 255 = certain
+    probabilities: npt.NDArray[np.float16] | None = None  # (C, H, W), sum 1 over C
+    second: npt.NDArray[np.integer[Any]] | None = None  # (H, W) ids of the model's second label space
+
+
+@dataclass(frozen=True)
+class Products:
+    """What is saved for a picture; see `encode_products`."""
+
+    classes: ClassSet
+    kinds: Sequence[str]
+    opacity: float
+    second: ClassSet | None = None
+
+    def __call__(self, picture: Decoded, result: Segmentation) -> tuple[dict[str, bytes], dict[str, float]]:
+        """The files of a picture by kind, and the share of every class that occurs in it."""
+        assert picture.pixels is not None, "what could not be decoded is not segmented"
+        files = encode_products(picture.pixels, result, self.classes, self.kinds, self.opacity, self.second)
+        total = result.labels.size
+        counts = count_ids(result.labels)
+        return files, {self.classes.names[id_]: round(count / total, 6) for id_, count in counts.items()}
 
 
 def encode_products(

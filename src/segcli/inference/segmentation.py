@@ -29,9 +29,9 @@ from torch import Tensor
 from segcli.errors import ImageError
 from segcli.inference.ahead import LOOK, Ahead
 from segcli.inference.cells import labels_from_coarse, lattice_of
-from segcli.inference.classification import Classes, Segmentation, classify
+from segcli.inference.classification import Classes, classify
 from segcli.inference.decoders import PICTURE, Decoded
-from segcli.inference.products import encode_products
+from segcli.inference.products import Products, Segmentation
 from segcli.inference.replay import Replayed
 from segcli.inference.tta import TTA, average
 from segcli.memory import gib
@@ -40,7 +40,6 @@ from segcli.models.fcn import Network
 from segcli.models.prepared import prepare
 from segcli.models.preprocessing import network_size, normalize, to_pixels
 from segcli.models.strips import SMALL, WORKING, InStrips
-from segcli.palettes import count_ids
 
 if TYPE_CHECKING:
     from segcli.models.quantized import Ranges
@@ -153,8 +152,8 @@ class Segmenter:
         self.lattice = lattice_of(model.network) if only_labels and device.type == "cpu" else None
         self.device = device
         self.classes = model.info.class_set
-        self.second = model.info.second_class_set
-        self.heads = [len(classes) for classes in (self.classes, self.second) if classes is not None]
+        second = model.info.second_class_set
+        self.heads = [len(classes) for classes in (self.classes, second) if classes is not None]
         ends = itertools.accumulate(self.heads)
         self.used = [slice(end - count, end) for count, end in zip(self.heads, ends, strict=True)]
         if "geometric" not in kinds:
@@ -184,7 +183,7 @@ class Segmenter:
         if self.batch_size > 1:
             self.held = (self.at_once + WAITING) * self.batch_size
         self.kinds = kinds
-        self.opacity = opacity
+        self.encode = Products(self.classes, kinds, opacity, second)
 
     def compute(self, pictures: Ahead[Decoded]) -> Iterator[tuple[Decoded, Segmentation | ImageError]]:
         """Every picture with its segmentation, or with the reason why there is none."""
@@ -298,13 +297,6 @@ class Segmenter:
         if not group:
             del waiting[key]
         return chosen
-
-    def encode(self, picture: Decoded, result: Segmentation) -> tuple[dict[str, bytes], dict[str, float]]:
-        """The files of a picture by kind, and the share of every class that occurs in it."""
-        files = encode_products(_pixels(picture), result, self.classes, self.kinds, self.opacity, self.second)
-        total = result.labels.size
-        counts = count_ids(result.labels)
-        return files, {self.classes.names[id_]: round(count / total, 6) for id_, count in counts.items()}
 
     def _seen(self, picture: Decoded) -> tuple[int, int]:
         """The size (H, W) at which the network sees a picture."""

@@ -19,8 +19,9 @@ from typing import Any
 from segcli.errors import MachineError, SegcliError
 from segcli.inference.ahead import Ahead
 from segcli.inference.decoders import Decoders
+from segcli.inference.finishing import NO_FILES
 from segcli.inference.manifest import Entry
-from segcli.inference.pipeline import NO_FILES, Task, Work, work_through
+from segcli.inference.pipeline import Task, Work, work_through
 from segcli.inference.sources import Input
 
 # ("ready", how many inputs keep it busy) | ("note", source, Entry, files for a tar)
