@@ -20,7 +20,8 @@ from segcli.inference.messages import receive_object, send, send_object
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
+    for number in (signal.SIGINT, signal.SIGTERM):  # they reach the whole group; the parent decides
+        signal.signal(number, signal.SIG_IGN)
     connection = socket.socket(fileno=int(sys.argv[1]))
     cv2.setNumThreads(1)  # there is a process for every core
     with contextlib.suppress(EOFError, OSError):  # the parent has gone
