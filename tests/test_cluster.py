@@ -96,13 +96,13 @@ def test_actors_start_on_a_gpu_that_ray_was_told_of_and_look_for_it_themselves(t
 FATE = """
 import os, signal, sys
 if any("default_worker" in word for word in sys.orig_argv):
-    import segcli.inference.pipeline as pipeline
-    real = pipeline.file_of
+    import segcli.inference.finishing as finishing
+    real = finishing.file_of
     def file_of(output, kind):
         if "KILL" in output:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(output, kind)
-    pipeline.file_of = file_of
+    finishing.file_of = file_of
 """
 
 
