@@ -16,8 +16,9 @@ from torch import Tensor
 from segcli.errors import ImageError
 from segcli.inference import cells
 from segcli.inference.cells import Labels, Lattice, labels_from_coarse, lattice_of, mixture
-from segcli.inference.classification import Segmentation, classify
+from segcli.inference.classification import classify
 from segcli.inference.decoders import Decoded
+from segcli.inference.products import Segmentation
 from segcli.inference.segmentation import Segmenter
 from segcli.inference.sources import Input
 from segcli.models.alexnet import AlexNetFCN
