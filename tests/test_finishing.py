@@ -48,7 +48,7 @@ def fate(picture: Decoded, result: Any) -> tuple[dict[str, bytes], dict[str, flo
         raise ImageError("no overlay can be saved: 70000 x 1 pixels do not fit into a JPEG")
     if name == "odd":
         raise KeyError("what is this")
-    return {"mask": str(os.getpid()).encode() + bytes(picture.pixels.data)}, {"cat": 1.0}
+    return {"mask": b"%010d" % os.getpid() + bytes(picture.pixels.data)}, {"cat": 1.0}
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_an_entry_says_what_was_done(finishing: Finishing, tmp_path: Path) -> No
     assert entry.files["mask"].size == (tmp_path / "x.png").stat().st_size
     assert in_tar == {}
     _, in_tar = replace(finishing, in_tars=True).finished(picture("y"), PARENT)
-    assert in_tar == {"mask": str(PARENT).encode() + bytes(range(24))}
+    assert in_tar == {"mask": b"%010d" % PARENT + bytes(range(24))}
     assert not (tmp_path / "y.png").exists()
 
 
