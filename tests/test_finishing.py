@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from segcli.inference.engine import Progress, run
 from segcli.inference.finishing import SOON, Finishers, Finishing
 from segcli.inference.manifest import Entry
 from segcli.inference.messages import receive_object, send_object
-from segcli.inference.pipeline import Task
+from segcli.inference.pipeline import Task, Work
 from segcli.inference.plan import Plan
 from segcli.inference.sources import Input, parse
 from segcli.inference.storage import open_storage
@@ -202,25 +202,32 @@ def test_messages_of_any_kind_arrive_as_they_were() -> None:
             receive_object(theirs)
 
 
+def progress_of(
+    folder: Path, out: Path, kinds: Sequence[str], start: Callable[[], Work[Any]], finishers: int
+) -> Progress:
+    """What became of a run over the pictures in `in`."""
+    progress = Progress()
+    task = Task(
+        sources=parse([str(folder / "in")], None, str(out), SUFFIXES),
+        out=open_storage(str(out)),
+        kinds=kinds,
+        model="model",
+        settings={},
+        options={},
+        start=start,
+        finishers=finishers,
+    )
+    run(task, progress)
+    return progress
+
+
 def test_a_run_with_processes_makes_what_one_makes_without(tmp_path: Path) -> None:
     for number in range(30):
         save_picture(tmp_path / f"in/{number}.png", 40, 60, number)
     (tmp_path / "in/bad.jpg").write_text("hello")
     plan = Plan(small_model(), "cpu", "fp32", ["mask", "overlay", "confidence", "scores"])
     for finishers in (0, 2):
-        out = str(tmp_path / f"out{finishers}")
-        progress = Progress()
-        task = Task(
-            sources=parse([str(tmp_path / "in")], None, out, SUFFIXES),
-            out=open_storage(out),
-            kinds=plan.kinds,
-            model="small",
-            settings={},
-            options={},
-            start=plan.start,
-            finishers=finishers,
-        )
-        run(task, progress)
+        progress = progress_of(tmp_path, tmp_path / f"out{finishers}", plan.kinds, plan.start, finishers)
         assert (progress.done, progress.failed) == (30, 1)
     without, by_processes = tree(tmp_path / "out0"), tree(tmp_path / "out2")
     assert by_processes == without
@@ -247,18 +254,7 @@ def test_what_a_process_that_died_left_is_removed(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setenv("OUT", str(out))
     save_picture(tmp_path / "in/kill.png", 2, 4)
-    progress = Progress()
-    task = Task(
-        sources=parse([str(tmp_path / "in")], None, str(out), SUFFIXES),
-        out=open_storage(str(out)),
-        kinds=["mask"],
-        model="fates",
-        settings={},
-        options={},
-        start=lambda: Fates(out),
-        finishers=1,
-    )
-    run(task, progress)
+    progress = progress_of(tmp_path, out, ["mask"], lambda: Fates(out), finishers=1)
     reasons = {reason for _, reason in progress.failures}
     assert reasons == {"saving its results takes the process down (ended by SIGKILL)"}
     assert (out / "kill.png").exists()  # as long as no process was there, this one wrote it

@@ -97,18 +97,13 @@ def test_kernels_strides_paddings_and_groups() -> None:
 
 def test_in_strips() -> None:
     encoder = ResNet((1, 1, 1, 1)).eval()
-    layers = nn.Sequential(*folded_children(encoder))
+    layers = nn.Sequential(encoder.conv1, nn.Identity(), encoder.relu1, encoder.get_submodule("layer1"))
     pack(layers)
     image = torch.randn(1, 3, 90, 70)
     with torch.inference_mode():
         found, expected = InStrips(layers, rows=16)(image), layers(image)
         assert relative_error(found, expected) < 2e-6
         assert InStrips(layers, rows=16).count(image) == 6
-
-
-def folded_children(encoder: ResNet) -> list[nn.Module]:
-    """The first layers of a ResNet and its first stage, one after the other."""
-    return [encoder.conv1, nn.Identity(), encoder.relu1, encoder.get_submodule("layer1")]
 
 
 def test_of_many_sizes_few_are_remembered_and_fewer_kept() -> None:

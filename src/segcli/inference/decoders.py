@@ -9,8 +9,8 @@ Messages between this process and a worker (`decode_worker.py`), over a socket, 
     worker -> {"problem", "notes", "content", ...} and the pixels
 
 Why like this (measured, see docs/reliability.md): workers stay alive, because starting one costs as much as
-decoding 300 photographs; they are started anew rather than forked, because torch's threads do not survive a
-fork; and pixels come through a socket, which is no slower than shared memory and leaves nothing to clean up.
+decoding 300 photographs; and pixels come through a socket, which is no slower than shared memory and leaves
+nothing to clean up.
 """
 
 from __future__ import annotations
