@@ -47,13 +47,15 @@ def test_help_and_version_import_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_networks_of_bundled_and_released_models_need_no_torchvision() -> None:
-    # It takes longer to import than torch, because its ops import PyTorch's compiler.
+    # It takes longer to import than torch, because its ops import PyTorch's compiler; sympy takes a second.
     script = """
-import sys, segcli.inference.segmentation
-from segcli.models.networks import get_empty
+import sys, torch, segcli.inference.segmentation
+from segcli.models.networks import get, get_empty
+from segcli.models.prepared import prepare
 for name in ("fcn8s-mobilenet_v3_large", "fcn8s-resnet18", "fcn8s"):
     get_empty(name, 2)
-print([name for name in ("torchvision", "torch._dynamo") if name in sys.modules])
+prepare(get("fcn8s-resnet18", 2), torch.device("cpu"))(torch.zeros(1, 3, 32, 32))
+print([name for name in ("torchvision", "torch._dynamo", "sympy") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -30,7 +30,9 @@ REMEMBERED = 256  # sizes of maps
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether PyTorch has these functions, for numbers of that type on this processor."""
     try:
-        layer = nn.Conv2d(1, 1, 1, dtype=dtype, device="meta").to_empty(device="cpu")  # draws no numbers
+        # A layer without numbers, which would draw none, takes an import of more than a second.
+        with torch.random.fork_rng(devices=[]):
+            layer = nn.Conv2d(1, 1, 1, dtype=dtype)
         PackedConv2d(layer)(torch.zeros(1, 1, 1, 1, dtype=dtype))
     except (AttributeError, RuntimeError, TypeError):
         return False
