@@ -9,19 +9,13 @@ import signal
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pytest
 from processes import Process, run, wait_until
 from results import tree
 from small_model import save_picture, small_model
 
-from segcli.cli.predict import by_processor
-from segcli.cli.runs import MANY, count_up_to_many, default_processes
 from segcli.device import pick_devices
 from segcli.errors import UsageError
-from segcli.images import SUFFIXES
-from segcli.inference.shards import Shard
-from segcli.inference.sources import parse
 
 
 def predict(folder: Path, *arguments: object, **more: str) -> tuple[int, str]:
@@ -142,73 +136,6 @@ def test_a_model_that_cannot_be_used_is_told_once(eight: Path, tmp_path: Path) -
     assert code == 2
     assert "bad.safetensors" in errors
     assert "Traceback" not in errors
-
-
-@pytest.mark.parametrize(
-    ("gpu", "devices", "images", "expected"),
-    [
-        (80, 1, MANY, 4),  # one for every four cores
-        (80, 2, MANY, 2),
-        (80, 4, MANY, 1),
-        (80, 1, MANY - 1, 1),  # they would not pay
-        (16, 1, MANY, 2),  # 6 GiB for each
-        (8, 1, MANY, 1),
-    ],
-)
-def test_processes_that_feed_a_gpu(
-    gpu: int, devices: int, images: int, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("segcli.cli.runs.cpus", lambda: 16)
-    assert default_processes(gpu << 30, 64 << 30, devices, lambda: images) == expected
-
-
-@pytest.mark.parametrize(
-    ("memory", "cores", "images", "expected"),
-    [
-        (64, 16, MANY, 8),  # one for every two cores
-        (64, 5, MANY, 2),
-        (64, 64, MANY, 8),  # at most
-        (64, 16, MANY - 1, 1),  # they would not pay
-        (32, 16, MANY, 5),  # 6 GiB for each
-        (8, 16, MANY, 1),
-    ],
-)
-def test_processes_that_share_a_processor(
-    memory: int, cores: int, images: int, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("segcli.cli.runs.cpus", lambda: cores)
-    assert default_processes(0, memory << 30, 1, lambda: images) == expected
-
-
-def test_where_one_process_is_enough_nothing_is_counted() -> None:
-    assert default_processes(0, 0, 1, lambda: pytest.fail("it was counted")) == 1
-
-
-def test_only_pytorch_on_a_processor_is_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert by_processor("cpu", "torch")
-    assert by_processor("auto", "torch")
-    assert not by_processor("cpu", "openvino")  # it is one process with threads of its own
-    assert not by_processor("mps", "torch")
-    monkeypatch.setattr("sys.platform", "darwin")
-    assert not by_processor("auto", "torch")  # it may be Apple's GPU
-    assert by_processor("cpu", "torch")
-
-
-def test_inputs_are_counted_but_for_those_of_stores_and_stdin(tmp_path: Path) -> None:
-    for name in "abc":
-        save_picture(tmp_path / f"in/{name}.png")
-    (tmp_path / "list").write_text("in/a.png\nin/b.png\n" * 4)
-
-    def counted(source: str | None, list_file: str | None = None, shard: Shard | None = None) -> int:
-        return count_up_to_many(parse([source] if source else [], list_file, "masks", SUFFIXES), shard)
-
-    assert counted(str(tmp_path / "in")) == 3
-    assert sum(counted(str(tmp_path / "in"), shard=Shard(number, 2)) for number in (1, 2)) == 3
-    assert counted(None, str(tmp_path / "list")) == 8
-    assert counted(None, str(tmp_path / "list"), Shard(1, 2)) == 4
-    assert counted("-") == 0
-    fsspec.filesystem("memory").pipe_file("/bucket/a.png", b"")
-    assert counted("memory://bucket") == 0
 
 
 def test_devices_by_name() -> None:

@@ -11,10 +11,11 @@ import typer
 
 from segcli.cli.downloading import get_model
 from segcli.cli.options import Device, Json, Model, Offline, Precision, Quiet, Runtime, Verbose
-from segcli.cli.predict import BatchSize, Processes, by_processor, kinds_of, number_or_auto
-from segcli.cli.runs import Workers, default_processes, default_workers
+from segcli.cli.predict import BatchSize, Processes, kinds_of, number_or_auto
+from segcli.cli.runs import Workers
 from segcli.cli.terminal import Terminal
 from segcli.errors import UsageError
+from segcli.inference.crew import by_processor, crew_of
 from segcli.models.zoo import DEFAULT_MODEL
 
 if TYPE_CHECKING:
@@ -106,11 +107,9 @@ def bench(
         whole = None
         if images:
             progress.say(f"Segmenting a folder of {images} photographs.")
-            gpu = memory_of_gpu(picked)
             shared = memory_of("auto") if by_processor(device, runtime) else 0
-            crew = of_the_device or default_processes(gpu, shared, 1, lambda: images)
-            used = default_workers(gpu > 0, crew) if workers is None else workers
-            whole = benchmark.folder_speed(segmenter, plan, crew, found_sizes, images, used, folder)
+            crew = crew_of([device], memory_of_gpu(picked), shared, lambda: images, of_the_device, workers)
+            whole = benchmark.folder_speed(segmenter, plan, crew, found_sizes, images, folder)
             if whole.interrupted:
                 raise typer.Exit(128 + whole.interrupted)
     content = {

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from segcli.cli.options import Json, Quiet, Verbose
-from segcli.cli.runs import Overwrite, Workers, default_workers, refuse_empty, run_and_report
+from segcli.cli.runs import Overwrite, Workers, refuse_empty, run_and_report
 from segcli.cli.terminal import Terminal
 from segcli.errors import UsageError
+from segcli.inference.crew import default_workers
 
 if TYPE_CHECKING:
     from segcli.inference.coloring import Colorizer, Decolorizer

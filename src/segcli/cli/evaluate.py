@@ -12,9 +12,10 @@ import typer
 
 from segcli.cli.downloading import get_model
 from segcli.cli.options import Device, Json, Offline, Precision, Quiet, Tta, Verbose
-from segcli.cli.runs import Workers, default_workers
+from segcli.cli.runs import Workers
 from segcli.cli.terminal import Terminal
 from segcli.errors import UsageError
+from segcli.inference.crew import default_workers
 
 if TYPE_CHECKING:
     from segcli.data.sets import DataSet

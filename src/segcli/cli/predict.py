@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Optional
@@ -22,18 +22,10 @@ from segcli.cli.options import (
     Tta,
     Verbose,
 )
-from segcli.cli.runs import (
-    Overwrite,
-    Workers,
-    count_up_to_many,
-    default_processes,
-    default_workers,
-    list_inputs,
-    refuse_empty,
-    run_and_report,
-)
+from segcli.cli.runs import Overwrite, Workers, list_inputs, refuse_empty, run_and_report
 from segcli.cli.terminal import Terminal
 from segcli.errors import UsageError
+from segcli.inference.crew import by_processor, count_up_to_many, crew_of
 from segcli.inference.layout import PRODUCTS
 from segcli.models.zoo import DEFAULT_MODEL
 
@@ -180,7 +172,6 @@ def predict(
       segcli predict 'photos/**/*.jpg' -o masks/ --save mask,compare
       find photos -size +100k -print0 | segcli predict - --out masks/
     """
-    from segcli.device import check_precision, check_runtime
     from segcli.files import sha256
     from segcli.images import SUFFIXES
     from segcli.inference.engine import Helpers, Progress
@@ -188,38 +179,33 @@ def predict(
     from segcli.inference.manifest import kept_precision
     from segcli.inference.pipeline import Task
     from segcli.inference.plan import Plan
-    from segcli.inference.processes import Processes as Crew
+    from segcli.inference.processes import Processes as SeveralProcesses
     from segcli.inference.shards import parse_shard
     from segcli.inference.sources import parse
     from segcli.inference.storage import open_storage
-    from segcli.inference.tta import variants_of
     from segcli.memory import memory_of
     from segcli.models.info import read_info
 
     terminal = Terminal(quiet, json)
     kinds = kinds_of(save)
-    if out_format not in ("files", "webdataset"):
-        raise UsageError(f"--out-format {out_format!r} is unknown; use files or webdataset")
     images_at_a_time = number_or_auto(batch_size, "--batch-size")
     of_each_device = number_or_auto(processes, "--processes")
-    variants_of(tta)
     most = memory_of(memory)
-    check_runtime(runtime)
-    check_precision(precision, runtime)
-    check_tile(tile, runtime)
-    asked = {
+    check_choices(out_format, tta, runtime, precision, tile)
+    asked_of_ray = {
         "--ray-address": ray_address,
         "--num-actors": num_actors,
         "--gpus-per-actor": gpus_per_actor,
         "--cpus-per-actor": cpus_per_actor,
     }
-    check_engine(engine, of_each_device, [name for name, value in asked.items() if value is not None])
+    check_engine(engine, of_each_device, [name for name, value in asked_of_ray.items() if value is not None])
     cluster: RayCluster | None = None
     if engine == "ray":
         from segcli.inference.cluster import RayCluster, Wishes
 
         wishes = Wishes(ray_address, num_actors, gpus_per_actor, cpus_per_actor, workers or None)
         cluster = RayCluster(wishes, "cpu" if runtime == "openvino" else device)
+
     part = parse_shard(shard) if shard else None
     results = open_storage(out, part.record if part else RUN_FOLDER)
     found = parse(sources or [], list_file, out, SUFFIXES)
@@ -227,31 +213,47 @@ def predict(
     if list_only:
         list_inputs(found, part, terminal, "image")
         return
+
     model_file = get_model(model, terminal, offline)
+    weights = sha256(model_file)
     info = read_info(model_file)
     if "mask" in kinds and info.second_class_set:
         kinds.append("geometric")
-
     kept = None if overwrite or precision != "auto" else kept_precision(results)
     devices, precision, gpu = where_to_compute(device, runtime, precision, kept, cluster)
     shared = most if cluster is None and by_processor(device, runtime) else 0
-    devices *= of_each_device or default_processes(
-        gpu, shared, len(devices), lambda: count_up_to_many(found, part)
-    )
-    weights = sha256(model_file)
-    readers = default_workers(gpu > 0, len(devices)) if workers is None else workers
+    crew = crew_of(devices, gpu, shared, lambda: count_up_to_many(found, part), of_each_device, workers)
+    settings = {
+        "weights": weights,
+        "size": size,
+        "tta": tta,
+        "opacity": opacity,
+        "precision": precision,
+        "runtime": runtime,
+    }
+    if out_format != "files":
+        settings["out_format"] = out_format
     ranges = None
-    rare = {} if out_format == "files" else {"out_format": out_format}  # settings of such runs only
     if precision == "int8":
         calibration = calibration_for(
-            model_file, weights, size, found, results, calibrate, readers, most, overwrite, part, terminal
+            model_file,
+            weights,
+            size,
+            found,
+            results,
+            calibrate,
+            crew.readers,
+            most,
+            overwrite,
+            part,
+            terminal,
         )
         ranges = calibration.ranges
-        rare["calibration"] = calibration.digest
-    most //= len(devices)  # of each process
+        settings["calibration"] = calibration.digest
+    most //= len(crew.devices)  # of each process
     plan = Plan(
         model_file,
-        devices[0],
+        crew.devices[0],
         precision,
         kinds,
         images_at_a_time,
@@ -261,40 +263,33 @@ def predict(
         runtime,
         tile,
         most,
-        len(devices),
+        len(crew.devices),
         ranges,
     )
+    progress = Progress()
 
     def announce() -> None:
-        images = "images" if progress.total is None else f"{progress.total:,} images"
-        images = "1 image" if progress.total == 1 else images
-        where = str(cluster.places) if cluster else describe_devices(runtime, devices)
-        classes = f"{len(info.class_set)} classes"
-        computing = f"on {where} in {precision}" + (" by OpenVINO" if runtime == "openvino" else "")
-        terminal.say(f"Segmenting {images} with {model_file.stem} ({classes}) {computing}.")
+        where = str(cluster.places) if cluster else describe_devices(runtime, crew.devices)
+        terminal.say(
+            f"Segmenting {counted(progress.total)} with {model_file.stem} ({len(info.class_set)} classes) "
+            f"on {where} in {precision}" + (" by OpenVINO." if runtime == "openvino" else ".")
+        )
         if verbose:
-            at_a_time = f"{batch_size} at a time; workers that read: {task.workers}"
-            terminal.say(f"Weights {weights[:12]} of {model_file}; {at_a_time}; saving {', '.join(kinds)}.")
+            terminal.say(
+                f"Weights {weights[:12]} of {model_file}; {batch_size} at a time; "
+                f"workers that read: {crew.readers}; saving {', '.join(kinds)}."
+            )
 
     def start() -> Segmenter:
         announce()
         return plan.start()
 
-    progress = Progress()
     task = Task(
         sources=found,
         out=results,
         kinds=kinds,
         model=model_file.stem,
-        settings={
-            "weights": weights,
-            "size": size,
-            "tta": tta,
-            "opacity": opacity,
-            "precision": precision,
-            "runtime": runtime,
-            **rare,
-        },
+        settings=settings,
         options={
             "sources": sources or ["--list", list_file],
             "model": str(model_file),
@@ -308,8 +303,8 @@ def predict(
             "memory": memory,
         },
         start=start,
-        workers=readers,
-        finishers=readers if gpu else 0,  # a processor has no cores to spare for them
+        workers=crew.readers,
+        finishers=crew.finishers,
         memory=most,
         overwrite=overwrite,
         shard=part,
@@ -318,9 +313,9 @@ def predict(
     helpers: Helpers | None = cluster
     if cluster:
         cluster.prepare(plan, memory, announce)
-    elif len(devices) > 1:
-        starts = [replace(plan, device=name).start for name in devices]
-        helpers = Crew(task, starts, announce)
+    elif len(crew.devices) > 1:
+        starts = [replace(plan, device=name).start for name in crew.devices]
+        helpers = SeveralProcesses(task, starts, announce)
     run_and_report(task, progress, terminal, "image", "Segmenting", helpers)
 
 
@@ -349,11 +344,6 @@ def where_to_compute(
     devices = pick_devices(device) if device == "cuda:all" else [device]
     picked = pick_runtime(runtime, devices[0])
     return devices, kept or pick_precision(precision, picked, runtime), memory_of_gpu(picked)
-
-
-def by_processor(device: str, runtime: str) -> bool:
-    """Whether PyTorch will compute on the processor where it finds no CUDA, and not on Apple's GPU."""
-    return runtime == "torch" and (device == "cpu" or (device == "auto" and sys.platform != "darwin"))
 
 
 def calibration_for(
@@ -402,8 +392,16 @@ def kinds_of(save: str) -> list[str]:
     return [kind for kind in CHOICES if kind in wanted]
 
 
-def check_tile(tile: str, runtime: str) -> None:
-    """Raise UsageError for a `--tile` that is unknown, or that the library cannot do."""
+def check_choices(out_format: str, tta: str, runtime: str, precision: str, tile: str) -> None:
+    """Raise UsageError for a value of these options that is unknown, or that the library cannot do."""
+    from segcli.device import check_precision, check_runtime
+    from segcli.inference.tta import variants_of
+
+    if out_format not in ("files", "webdataset"):
+        raise UsageError(f"--out-format {out_format!r} is unknown; use files or webdataset")
+    variants_of(tta)
+    check_runtime(runtime)
+    check_precision(precision, runtime)
     if tile not in ("auto", "on", "off"):
         raise UsageError(f"--tile {tile!r} is unknown; use auto, on or off")
     if tile == "on" and runtime == "openvino":
@@ -426,7 +424,14 @@ def check_engine(engine: str, processes: int | None, of_ray: list[str]) -> None:
         raise UsageError("--processes is for --engine local; with Ray give --num-actors")
 
 
-def describe_devices(runtime: str, names: list[str]) -> str:
+def counted(images: int | None) -> str:
+    """A number of images for people; None is not known."""
+    if images is None:
+        return "images"
+    return "1 image" if images == 1 else f"{images:,} images"
+
+
+def describe_devices(runtime: str, names: Sequence[str]) -> str:
     """The devices of this machine for people: `cpu (2 threads)`, or `cuda:0, cuda:1 (4 processes)`."""
     from segcli.device import describe, pick_runtime
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
 from segcli.cli.options import Json, Quiet
 from segcli.cli.terminal import Terminal, printable
-from segcli.device import cpus
 from segcli.errors import Interrupted, UsageError
 from segcli.inference.layout import MANIFEST_FILE, RUN_FOLDER
 
@@ -29,10 +25,6 @@ app = typer.Typer(help="Look at runs, and merge the shards of one.", no_args_is_
 Out = Annotated[str, typer.Argument(metavar="DIR", help="An output folder of segcli, or its URL.")]
 LINE_EVERY = 30  # seconds between two lines about the progress, where there is no terminal
 SHOWN_CLASSES = 12
-MANY = 5000  # images for which it pays to start several processes
-PROCESS = 6 << 30  # bytes of memory that one of several processes may need
-CORES_AT_A_GPU = 4  # that a process keeps busy with decoding and encoding
-CORES_THAT_COMPUTE = 2  # that a process without a GPU keeps busy
 
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Do everything again, also where earlier results are good.")
@@ -41,47 +33,6 @@ Workers = Annotated[
     Optional[int],  # noqa: UP045
     typer.Option(min=0, help="Processes that read files; 0 reads them unprotected.", show_default="by cores"),
 ]
-
-
-def default_workers(gpu: bool = False, processes: int = 1) -> int:
-    """Half of the cores, which have to encode, too: at most 8, or 2 to 16 where a GPU is to be fed.
-
-    Several processes share them.
-    """
-    least, most = (2, 16) if gpu else (1, 8)
-    return max(1, max(least, min(most, cpus() // 2)) // processes)
-
-
-def default_processes(gpu: int, memory: int, devices: int, images: Callable[[], int]) -> int:
-    """How many processes compute on each device: one, but for many images one for every few cores.
-
-    One process runs one line of Python at a time. But every one takes seconds to start, and memory.
-
-    Args:
-        gpu: The bytes of memory of a GPU, 0 without one.
-        memory: Bytes of this machine, where its processor computes; 0 where one process is to do that.
-        devices: How many there are.
-        images: Counts the inputs, or as many as are `MANY`.
-    """
-    cores = CORES_AT_A_GPU if gpu else CORES_THAT_COMPUTE
-    most = min(8, cpus() // (cores * devices), (gpu or memory) // PROCESS)
-    return most if most > 1 and images() >= MANY else 1
-
-
-def count_up_to_many(sources: Sources, shard: Shard | None) -> int:
-    """The number of inputs, at most `MANY`; 0 of those that a store or stdin would have to tell."""
-    from segcli.inference.shards import inputs
-    from segcli.inference.sources import PassedOver
-    from segcli.inference.storage import is_url
-
-    (kind, path), *_ = sources.entries
-    if kind == "list":
-        content = b"" if path == "-" else Path(path).read_bytes()
-        lines = content.count(b"\n") + content.count(b"\0")
-        return min(MANY, lines // shard.count if shard else lines)
-    if any(is_url(path) for _, path in sources.entries):
-        return 0
-    return sum(1 for _ in itertools.islice(inputs(sources, PassedOver(), shard), MANY))
 
 
 def refuse_empty(sources: Sources, noun: str) -> None:

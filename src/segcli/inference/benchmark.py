@@ -27,6 +27,7 @@ from segcli.errors import ImageError, MachineError
 from segcli.files import write_atomic
 from segcli.images import SUFFIXES, encode_jpeg, read_image
 from segcli.inference.ahead import Ahead
+from segcli.inference.crew import Crew
 from segcli.inference.decoders import Decoded
 from segcli.inference.engine import Progress, run
 from segcli.inference.pipeline import Task
@@ -287,10 +288,9 @@ def _jobs(segmenter: Segmenter, picture: Decoded, path: Path) -> dict[str, Calla
 def folder_speed(
     segmenter: Segmenter,
     plan: Plan,
-    processes: int,
+    crew: Crew,
     sizes: Sequence[Size],
     images: int,
-    workers: int,
     folder: Path,
 ) -> FolderSpeed:
     """Run the engine of `segcli predict` over photographs.
@@ -298,10 +298,9 @@ def folder_speed(
     Args:
         segmenter: Computes, where one process does.
         plan: What it was made by: of several processes each makes its own.
-        processes: How many compute.
+        crew: Which processes do it.
         sizes: Of the photographs, in turns.
         images: How many there are.
-        workers: Processes that read, for each of those that compute.
         folder: Where photographs and results are put.
     """
     photos = folder / "photos"
@@ -316,9 +315,10 @@ def folder_speed(
         settings={},
         options={},
         start=lambda: segmenter,
-        workers=workers,
-        finishers=workers if segmenter.device.type == "cuda" else 0,
+        workers=crew.readers,
+        finishers=crew.finishers,
     )
+    processes = len(crew.devices)
     starts = [replace(plan, processes=processes).start] * processes
     run(task, progress, Processes(task, starts) if processes > 1 else None)
     seconds = time.monotonic() - progress.steady_since
