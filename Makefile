@@ -33,7 +33,7 @@ test-faults: setup  ## run the fault suite with its full counts (an hour or so)
 
 bench: setup  ## time networks, folders, colorize and start-up beside what people would use instead (an hour)
 	PATH="$(CURDIR)/$(BIN):$$PATH" uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[bench]'
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/peers.py
+	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/border.py
 	$(BIN)/python benchmarks/packed.py
 	$(BIN)/python benchmarks/folders.py

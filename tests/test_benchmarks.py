@@ -19,12 +19,9 @@ def test_the_plainly_written_network_is_the_released_one() -> None:
         torch.testing.assert_close(network(image), released.fcn8s(image, weights))
 
 
-def test_jobs_are_timed_in_turns_and_shown_beside_the_first(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(peers, "WAYS", (("torch", "fp32"), ("torch", "bf16")))
+def test_jobs_are_timed_in_turns_and_shown_beside_the_first(capsys: pytest.CaptureFixture[str]) -> None:
     photo = synthetic_photo(Size(40, 30), 0)
-    peers.compare({"FCN-8s": peers.fcn8s_jobs(photo, widths=released.THIN)}, rounds=1)
+    peers.compare("FCN-8s", peers.fcn8s_jobs(photo, "torch", released.THIN), rounds=1)
     lines = capsys.readouterr().out.splitlines()
     names = [
         "written plainly",
