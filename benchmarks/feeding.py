@@ -23,12 +23,13 @@ from pathlib import Path
 import torch
 
 from segcli.images import SUFFIXES
+from segcli.inference.batches import Batch
 from segcli.inference.benchmark import Size, processor_name, write_photos
 from segcli.inference.classification import Classes
 from segcli.inference.decoders import Decoded
 from segcli.inference.engine import Progress, run
 from segcli.inference.pipeline import Task
-from segcli.inference.segmentation import GPU_BATCH, PREPARING, WAITING, Batch, Segmenter
+from segcli.inference.segmentation import GPU_BATCH, PREPARING, WAITING, Segmenter
 from segcli.inference.sources import parse
 from segcli.inference.storage import open_storage
 from segcli.models.checkpoint import load_model

@@ -25,11 +25,12 @@ from segcli.images import read_image
 from segcli.inference import decoders as decoders_module
 from segcli.inference import segmentation
 from segcli.inference.ahead import Ahead
+from segcli.inference.batches import Batch
 from segcli.inference.classification import BAND, classify
 from segcli.inference.decode_worker import LARGE, seconds_for
 from segcli.inference.decoders import Decoded, Decoders
 from segcli.inference.products import Segmentation, encode_npz, encode_products
-from segcli.inference.segmentation import Batch, Segmenter
+from segcli.inference.segmentation import Segmenter
 from segcli.inference.sources import Input
 from segcli.models.checkpoint import Model, ModelInfo
 from segcli.models.fcn import Network

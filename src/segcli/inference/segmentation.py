@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import cv2
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from segcli.errors import ImageError
 from segcli.inference.ahead import LOOK, Ahead
+from segcli.inference.batches import Batch, Waiting
 from segcli.inference.cells import labels_from_coarse, lattice_of
 from segcli.inference.classification import Classes, classify
 from segcli.inference.decoders import PICTURE, Decoded
@@ -57,39 +58,6 @@ RUNTIME = 640 << 20  # bytes of the process before it has a model: Python, PyTor
 VARIANTS = 4  # maps of scores of the full size that averaging them takes
 PATIENCE = 0.25  # seconds without a picture after which a batch goes that is not full
 TICK = 0.001  # seconds; how often a GPU that computes is asked whether it is done, while no picture comes
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Pictures that a device was asked to compute, maybe before it is done.
-
-    Attributes:
-        found: Of every picture what was found by every head, and its number there; or why there is nothing.
-        done: Set by a GPU once all is there.
-        begun: time.perf_counter() when it was asked.
-    """
-
-    pictures: Sequence[Decoded]
-    found: Sequence[tuple[Sequence[Classes], int] | ImageError]
-    done: torch.cuda.Event | None
-    begun: float
-
-    def is_done(self) -> bool:
-        return self.done is None or bool(self.done.query())  # type: ignore[no-untyped-call]
-
-    def results(self) -> list[Segmentation | ImageError]:
-        """What was found in every picture; waits for it."""
-        if self.done is not None:
-            self.done.synchronize()
-        return [each if isinstance(each, ImageError) else _segmentation(*each) for each in self.found]
-
-
-def _segmentation(heads: Sequence[Classes], number: int) -> Segmentation | ImageError:
-    try:
-        first, *others = (head.of(number) for head in heads)
-    except ImageError as error:
-        return error
-    return replace(first, second=others[0].labels) if others else first
 
 
 class Segmenter:
@@ -243,11 +211,11 @@ class Segmenter:
         self, pictures: Ahead[Decoded]
     ) -> Iterator[tuple[Decoded, Segmentation | ImageError]]:
         """Images of one size together."""
-        waiting: dict[tuple[int, ...], deque[Decoded]] = {}  # by the size at which they are seen
+        waiting = Waiting()
         computing: deque[Batch] = deque()
         more, last, finished = True, time.perf_counter(), 0.0
         while more or waiting or computing:
-            crowded = sum(map(len, waiting.values())) >= WAITING * self.batch_size
+            crowded = len(waiting) >= WAITING * self.batch_size
             if more and not crowded:
                 try:
                     picture = pictures.poll(TICK if computing else LOOK)
@@ -256,14 +224,13 @@ class Segmenter:
                 else:
                     if picture is not None:
                         self.expect(picture)
-                        alone = id(picture) if picture.room else 0
-                        waiting.setdefault((alone, *self._seen(picture)), deque()).append(picture)
+                        waiting.add(picture, self._seen(picture))
                         last = time.perf_counter()
             idle = not computing and time.perf_counter() - last > PATIENCE
             if len(computing) < self.at_once:
-                chosen = self._chosen(waiting, any_size=idle or crowded or not more)
-                if chosen:
-                    computing.append(self.begin(chosen))
+                together = waiting.take(self.batch_size, any_size=idle or crowded or not more)
+                if together:
+                    computing.append(self.begin(together))
             # With nothing else to do the oldest is waited for.
             busy = len(computing) == self.at_once
             wait = (busy and (crowded or not more)) or not (more or waiting)
@@ -276,27 +243,6 @@ class Segmenter:
                     picture.milliseconds += (finished - begun) * 1e3 / len(results)
                     yield picture, result
                 wait = False
-
-    def _chosen(self, waiting: dict[tuple[int, ...], deque[Decoded]], any_size: bool) -> list[Decoded]:
-        """The pictures that are computed next, taken from those that wait; none if they had better wait.
-
-        What holds room in memory goes alone and at once: the next picture may be waiting for that room.
-
-        Args:
-            waiting: By the size at which they are seen.
-            any_size: Take also what fills no batch.
-        """
-        ready = (key for key, group in waiting.items() if len(group) >= self.batch_size or group[0].room)
-        key = next(ready, None)
-        if key is None:
-            if not any_size or not waiting:
-                return []
-            key = max(waiting, key=lambda key: len(waiting[key]))
-        group = waiting[key]
-        chosen = [group.popleft() for _ in range(min(len(group), self.batch_size))]
-        if not group:
-            del waiting[key]
-        return chosen
 
     def _seen(self, picture: Decoded) -> tuple[int, int]:
         """The size (H, W) at which the network sees a picture."""
