@@ -36,8 +36,8 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> Optimizer:
     settings = [{"params": group, "lr": peak, "peak": peak, "weight_decay": decay}
                 for (peak, decay), group in groups.items()]  # fmt: skip
     if config.optimizer == "sgd":
-        return SGD(settings, lr=config.lr, momentum=config.momentum)
-    return AdamW(settings, lr=config.lr, betas=(config.momentum, 0.999))
+        return SGD(settings, lr=config.lr, momentum=config.momentum, fused=True)
+    return AdamW(settings, lr=config.lr, betas=(config.momentum, 0.999), fused=True)
 
 
 def rate(step: int, steps: int, warmup: int, schedule: str) -> float:

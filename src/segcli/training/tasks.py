@@ -67,7 +67,7 @@ class SegmentationObjective(Objective):
         with autocast(images.device, self.precision):
             pyramid = self.network.score_pyramid(self.encode(images))
         *coarser, finest = (scores.float() for scores in pyramid)
-        scores = self.network.upsample(finest, (targets.shape[1], targets.shape[2]))
+        scores = self.network.upsample(finest.contiguous(), (targets.shape[1], targets.shape[2]))
         config = self.config
         loss = segmentation_loss(scores, targets, config.loss, self.class_weights, config.label_smoothing)
         if config.auxiliary:
