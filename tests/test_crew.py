@@ -47,39 +47,33 @@ def test_what_was_asked_for_goes_before_what_suits_the_machine() -> None:
 
 
 @pytest.mark.parametrize(
-    ("gpu", "devices", "images", "expected"),
+    ("gpu", "memory", "devices", "cores", "images", "expected"),
     [
-        (80, 1, MANY, 4),  # one for every four cores
-        (80, 2, MANY, 2),
-        (80, 4, MANY, 1),
-        (80, 1, MANY - 1, 1),  # they would not pay
-        (16, 1, MANY, 2),  # 6 GiB for each
-        (8, 1, MANY, 1),
+        (80, 64, 1, 16, MANY, 4),  # one for every four cores
+        (80, 64, 2, 16, MANY, 2),
+        (80, 64, 4, 16, MANY, 1),
+        (80, 64, 1, 16, MANY - 1, 1),  # they would not pay
+        (16, 64, 1, 16, MANY, 2),  # 6 GiB of the GPU's for each
+        (8, 64, 1, 16, MANY, 1),
+        (0, 64, 1, 16, MANY, 8),  # without a GPU one for every two cores
+        (0, 64, 1, 5, MANY, 2),
+        (0, 64, 1, 64, MANY, 8),  # at most
+        (0, 64, 1, 16, MANY - 1, 1),
+        (0, 32, 1, 16, MANY, 5),  # 6 GiB of the machine's for each
+        (0, 8, 1, 16, MANY, 1),
     ],
 )
-def test_processes_that_feed_a_gpu(
-    gpu: int, devices: int, images: int, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("segcli.inference.crew.cpus", lambda: 16)
-    assert default_processes(gpu << 30, 64 << 30, devices, lambda: images) == expected
-
-
-@pytest.mark.parametrize(
-    ("memory", "cores", "images", "expected"),
-    [
-        (64, 16, MANY, 8),  # one for every two cores
-        (64, 5, MANY, 2),
-        (64, 64, MANY, 8),  # at most
-        (64, 16, MANY - 1, 1),  # they would not pay
-        (32, 16, MANY, 5),  # 6 GiB for each
-        (8, 16, MANY, 1),
-    ],
-)
-def test_processes_that_share_a_processor(
-    memory: int, cores: int, images: int, expected: int, monkeypatch: pytest.MonkeyPatch
+def test_processes_that_share_a_device(
+    gpu: int,
+    memory: int,
+    devices: int,
+    cores: int,
+    images: int,
+    expected: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("segcli.inference.crew.cpus", lambda: cores)
-    assert default_processes(0, memory << 30, 1, lambda: images) == expected
+    assert default_processes(gpu * GIB, memory * GIB, devices, lambda: images) == expected
 
 
 def test_where_one_process_is_enough_nothing_is_counted() -> None:
