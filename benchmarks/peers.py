@@ -261,12 +261,9 @@ _jobs: Jobs = {}  # of the process that was started for OpenVINO
 @contextlib.contextmanager
 def by_openvino(group: str, photo: Image) -> Iterator[Jobs]:
     """What OpenVINO does, in a process of its own whose threads sleep while they wait."""
-    kept = {name: value for name, value in os.environ.items() if name == "OMP_WAIT_POLICY"}
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # PyTorch in this process has read it when it was imported
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         names = pool.submit(_prepare, group, photo).result()
-        del os.environ["OMP_WAIT_POLICY"]
-        os.environ.update(kept)
         yield {name: partial(_ask, pool, name) for name in names}
 
 

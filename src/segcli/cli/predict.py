@@ -22,8 +22,17 @@ from segcli.cli.options import (
     Tta,
     Verbose,
 )
-from segcli.cli.runs import Overwrite, Workers, list_inputs, refuse_empty, run_and_report
+from segcli.cli.runs import Overwrite, Workers, counted, list_inputs, refuse_empty, run_and_report
 from segcli.cli.terminal import Terminal
+from segcli.device import (
+    check_precision,
+    check_runtime,
+    describe,
+    memory_of_gpu,
+    pick_devices,
+    pick_precision,
+    pick_runtime,
+)
 from segcli.errors import UsageError
 from segcli.inference.crew import by_processor, count_up_to_many, crew_of
 from segcli.inference.layout import PRODUCTS
@@ -269,9 +278,10 @@ def predict(
     progress = Progress()
 
     def announce() -> None:
+        images = "images" if progress.total is None else counted(progress.total, "image")
         where = str(cluster.places) if cluster else describe_devices(runtime, crew.devices)
         terminal.say(
-            f"Segmenting {counted(progress.total)} with {model_file.stem} ({len(info.class_set)} classes) "
+            f"Segmenting {images} with {model_file.stem} ({len(info.class_set)} classes) "
             f"on {where} in {precision}" + (" by OpenVINO." if runtime == "openvino" else ".")
         )
         if verbose:
@@ -339,8 +349,6 @@ def where_to_compute(
     if kept and no_gpu and runtime == "torch":
         return [device], kept, 0  # when all is done PyTorch is not even imported
 
-    from segcli.device import memory_of_gpu, pick_devices, pick_precision, pick_runtime
-
     devices = pick_devices(device) if device == "cuda:all" else [device]
     picked = pick_runtime(runtime, devices[0])
     return devices, kept or pick_precision(precision, picked, runtime), memory_of_gpu(picked)
@@ -394,7 +402,6 @@ def kinds_of(save: str) -> list[str]:
 
 def check_choices(out_format: str, tta: str, runtime: str, precision: str, tile: str) -> None:
     """Raise UsageError for a value of these options that is unknown, or that the library cannot do."""
-    from segcli.device import check_precision, check_runtime
     from segcli.inference.tta import variants_of
 
     if out_format not in ("files", "webdataset"):
@@ -424,17 +431,8 @@ def check_engine(engine: str, processes: int | None, of_ray: list[str]) -> None:
         raise UsageError("--processes is for --engine local; with Ray give --num-actors")
 
 
-def counted(images: int | None) -> str:
-    """A number of images for people; None is not known."""
-    if images is None:
-        return "images"
-    return "1 image" if images == 1 else f"{images:,} images"
-
-
 def describe_devices(runtime: str, names: Sequence[str]) -> str:
     """The devices of this machine for people: `cpu (2 threads)`, or `cuda:0, cuda:1 (4 processes)`."""
-    from segcli.device import describe, pick_runtime
-
     devices = [pick_runtime(runtime, name) for name in names]
     if len(devices) == 1:
         return describe(devices[0])

@@ -88,7 +88,7 @@ def list_inputs(sources: Sources, shard: Shard | None, terminal: Terminal, noun:
             "problems": [{"source": source, "reason": reason} for source, reason in problems],
         }
     )
-    told = f"{total:,} {noun}" + ("" if total == 1 else "s")
+    told = counted(total, noun)
     terminal.say(f"{told}, {listed:,} of them in shard {shard}." if shard else f"{told}.")
     if text := passed_over.describe():
         terminal.say(f"Not taken as {noun}s: {text}.")
@@ -241,7 +241,7 @@ def report(task: Task[Any], progress: Progress, seconds: float, terminal: Termin
     counts = [f"{progress.done:,} done"]
     counts += [f"{progress.skipped:,} done before"] if progress.skipped else []
     counts += [f"{progress.failed:,} failed"] if progress.failed else []
-    inputs = f"{progress.inputs:,} {noun}" + ("" if progress.inputs == 1 else "s")
+    inputs = counted(progress.inputs, noun)
     where = str(task.out)
     if task.in_tars:
         where += ", in tar files"
@@ -253,6 +253,11 @@ def report(task: Task[Any], progress: Progress, seconds: float, terminal: Termin
     if progress.failed:
         list_problems(progress.failures, progress.failed, f", see {manifest}", terminal)
         raise typer.Exit(1)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 image`, `40,000 images`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def percent(share: float) -> str:

@@ -19,16 +19,14 @@ class Waiting:
 
     def __init__(self) -> None:
         self._groups: dict[tuple[int, ...], deque[Decoded]] = {}
-        self._count = 0
 
     def __len__(self) -> int:
-        return self._count
+        return sum(map(len, self._groups.values()))
 
     def add(self, picture: Decoded, seen: tuple[int, int]) -> None:
         """Let a picture wait that is seen at that size (H, W)."""
         alone = id(picture) if picture.room else 0
         self._groups.setdefault((alone, *seen), deque()).append(picture)
-        self._count += 1
 
     def take(self, count: int, any_size: bool) -> list[Decoded]:
         """The pictures that are computed next, `count` at most; none if they had better wait.
@@ -47,7 +45,6 @@ class Waiting:
             key = max(self._groups, key=lambda key: len(self._groups[key]))
         group = self._groups[key]
         taken = [group.popleft() for _ in range(min(len(group), count))]
-        self._count -= len(taken)
         if not group:
             del self._groups[key]
         return taken
