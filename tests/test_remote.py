@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -26,7 +27,7 @@ from segcli.inference import archives, fetching, remote
 from segcli.inference.ahead import Ahead
 from segcli.inference.archives import key_of, unpack
 from segcli.inference.sources import Input, PassedOver, discover, parse
-from segcli.inference.storage import Content, Folder, canonical, is_url, open_storage
+from segcli.inference.storage import Content, Folder, Storage, canonical, is_url, open_storage
 
 NAMES = ["a.jpg", "b/c d.jpg", "b/e#f?g%20h+i.jpg", "b/[j]*.jpg", "ü/日本.jpg", "ü/same.jpg", "ü/same.png"]
 
@@ -369,21 +370,31 @@ def test_the_lock_of_a_dead_run_expires(store: Store, monkeypatch: pytest.Monkey
     assert "_run/lock" not in objects("out")
 
 
-def test_a_run_that_was_taken_over_stops(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_runs_that_took_the_lock_one_stops(
+    store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(remote, "UPLOAD_EVERY", 0.01)
-    folder = open_storage("s3://bucket/out")
+    monkeypatch.setattr(remote, "LOCK_EXPIRES", 0)  # whoever comes takes over
+    runs = [open_storage("s3://bucket/out") for _ in range(2)]
 
-    def refused() -> bool:
+    def refused(folder: Storage) -> bool:
         try:
             folder.write("a.png", b"x")
         except MachineError as error:
             return "another run has taken over s3://bucket/out" in str(error)
         return False
 
-    with folder.opened():
-        put("out/_run/lock", json.dumps({"holder": "other", "run": "2", "renewed": 2e9}).encode())
-        wait_until(refused)
-    assert json.loads(objects("out")["_run/lock"])["holder"] == "other"  # it is left alone
+    with contextlib.ExitStack() as all_of_them:
+        ends = [all_of_them.enter_context(contextlib.ExitStack()) for _ in runs]
+        for number, (folder, end) in enumerate(zip(runs, ends, strict=True)):
+            monkeypatch.setenv("SEGCLI_CACHE", str(tmp_path / str(number)))  # as on different machines
+            end.enter_context(folder.opened())
+        # The first, unless its renewal was under way and came after the second.
+        wait_until(lambda: any(refused(folder) for folder in runs))
+        assert sorted(map(refused, runs)) == [False, True]
+        ends[refused(runs[1])].close()
+        assert "_run/lock" in objects("out")  # it is not its own any more
+    assert "_run/lock" not in objects("out")
 
 
 # ---- shards ----
