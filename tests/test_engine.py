@@ -125,6 +125,9 @@ def reader(path, announce):
         pass
     if "sleep" in name:
         time.sleep(1000)
+    if "half" in name:
+        os.write(int(sys.argv[1]), bytes(3))  # of the answer
+        time.sleep(1000)
     return real(path, announce)
 
 decode_worker.READERS["image"] = reader
@@ -196,6 +199,16 @@ def test_a_file_that_takes_for_ever_is_given_up(
     assert decoded["good.jpg"].pixels is not None
     assert decoded[fate].problem == "reading it took longer than 0 s"
     assert all(worker.process.returncode is not None for worker in decoders._workers)
+
+
+def test_a_decoder_that_stops_in_the_middle_of_an_answer_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoders_module, "STALLED", 1)
+    paths = [save_picture(tmp_path / name) for name in ("half.jpg", "good.jpg")]
+    decoded, _ = decode_all(paths, 1, (sys.executable, "-c", FATES))
+    assert decoded["good.jpg"].pixels is not None
+    assert decoded["half.jpg"].problem == "its decoder stopped in the middle of an answer"
 
 
 def test_an_orphan_that_loops_ends_itself(tmp_path: Path) -> None:

@@ -23,8 +23,10 @@ class Ahead(Generic[T], Iterator[T]):
         # Twice Python's simple queue: the other one takes a good part of the time of a small image.
         self._queue: queue.SimpleQueue[T] = queue.SimpleQueue()
         self._room: queue.SimpleQueue[None] = queue.SimpleQueue()  # for how many items there is room
-        for _ in range(size):
-            self._room.put(None)
+        # Room is made for several at once: for every single one the two threads would wake each other.
+        self._lot = max(1, size // 2)
+        self._taken = 0  # items for which no room was made yet
+        self._make_room(size)
         self._stop = stop
         self._ended = threading.Event()
         self._error: BaseException | None = None
@@ -75,5 +77,12 @@ class Ahead(Generic[T], Iterator[T]):
             if self._error is not None:
                 raise self._error from None
             raise StopIteration from None
-        self._room.put(None)
+        self._taken += 1
+        if self._taken == self._lot:
+            self._taken = 0
+            self._make_room(self._lot)
         return item
+
+    def _make_room(self, count: int) -> None:
+        for _ in range(count):
+            self._room.put(None)

@@ -37,12 +37,13 @@ from segcli.inference.ahead import Ahead
 from segcli.inference.children import start_process
 from segcli.inference.decode_worker import decode, seconds_for
 from segcli.inference.fetching import Fetcher
-from segcli.inference.messages import Array, receive, send
+from segcli.inference.messages import Array, limit_waits, receive, send
 from segcli.inference.sources import Input
 from segcli.inference.storage import Content
 from segcli.memory import gib
 
 PROGRAM = (sys.executable, "-P", "-m", "segcli.inference.decode_worker")
+STALLED = 60  # seconds in the middle of a message: a worker that was stopped from outside
 TICK = 0.5  # seconds; how often limits and the wish to stop are looked at
 ROOM = 64_000_000  # pixels of large images that may be held at a time at most, or one image
 ROOM_SHARE = 4  # of the memory that a run may take, the part for images that wait
@@ -208,6 +209,9 @@ class Decoders:
         """Take one message of a worker, or its end."""
         try:
             header, pixels = receive(worker.connection)
+        except BlockingIOError:
+            yield from self._bury(worker, "its decoder stopped in the middle of an answer")
+            return
         except (EOFError, OSError):
             yield from self._bury(worker, "")
             return
@@ -275,7 +279,7 @@ class Decoders:
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
-        ours.settimeout(60)  # between two parts of one message: a worker that was stopped from outside
+        limit_waits(ours, STALLED)
         one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         with theirs:
             process = start_process(self._program, theirs.fileno(), **one)

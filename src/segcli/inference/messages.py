@@ -3,77 +3,116 @@
 Two kinds of messages: those of processes that read files of strangers are text and numbers, so that whatever
 becomes of such a process, nothing it says is executed. Those of processes that were given all they have by
 this one are pickled. Arrays travel as they lie in memory.
+
+Every wait for a socket is a turn at running Python that other threads get, and that has to be waited for
+afterwards. So a message is one call for who sends it, and at most three for who receives it.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import pickle
 import socket
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[Any]
-FRAME = struct.Struct("!IQ")  # length of the header, length of the pixels
-SIZE = struct.Struct("!Q")
+FRAME = struct.Struct("!II")  # length of the head, number of arrays
+SIZE = struct.Struct("!Q")  # bytes of every array, after the head
+TIMES = struct.Struct("ll")  # seconds, microseconds: the kernel's struct timeval
+
+
+def limit_waits(connection: socket.socket, seconds: int) -> None:
+    """Let a message that does not go on for so long end in an OSError.
+
+    Python's own limit, `settimeout`, would make every wait two calls, and several of every array.
+    """
+    for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+        connection.setsockopt(socket.SOL_SOCKET, option, TIMES.pack(seconds, 0))
 
 
 def send(connection: socket.socket, header: dict[str, Any], pixels: Array | None = None) -> None:
     """Send one message; `pixels` travel as they lie in memory, their shape and type in the header."""
+    parts = []
     if pixels is not None:
         pixels = np.ascontiguousarray(pixels)
         header = {**header, "shape": pixels.shape, "dtype": pixels.dtype.str}
-    text = json.dumps(header).encode()
-    connection.sendall(FRAME.pack(len(text), 0 if pixels is None else pixels.nbytes) + text)
-    if pixels is not None:
-        connection.sendall(pixels.reshape(-1).view(np.uint8).data)
+        parts.append(pixels.reshape(-1).view(np.uint8).data)
+    _send(connection, json.dumps(header).encode(), parts)
 
 
 def receive(connection: socket.socket) -> tuple[dict[str, Any], Array | None]:
     """Receive one message. Raises EOFError when the other side has gone."""
-    length, size = FRAME.unpack(bytes(_fill(connection, bytearray(FRAME.size))))
-    header = json.loads(bytes(_fill(connection, bytearray(length))))
-    if not size:
+    text, parts = _receive(connection)
+    header = json.loads(bytes(text))
+    if not parts:
         return header, None
-    pixels = np.empty(header["shape"], np.dtype(header["dtype"]))
-    if pixels.nbytes != size:
+    dtype, (values,) = np.dtype(header["dtype"]), parts
+    if values.nbytes != dtype.itemsize * math.prod(header["shape"]):
         raise EOFError("a message of the wrong size")
-    _fill(connection, pixels.reshape(-1).view(np.uint8).data)
-    return header, pixels
-
-
-def _fill(connection: socket.socket, buffer: bytearray | memoryview) -> bytearray | memoryview:
-    view = memoryview(buffer)
-    done = 0
-    while done < len(view):
-        count = connection.recv_into(view[done:])
-        if not count:
-            raise EOFError("the other side has gone")
-        done += count
-    return buffer
+    return header, values.view(dtype).reshape(header["shape"])
 
 
 def send_object(connection: socket.socket, message: object) -> None:
     """Send one message of any kind."""
     buffers: list[pickle.PickleBuffer] = []
     text = pickle.dumps(message, 5, buffer_callback=buffers.append)
-    parts = [buffer.raw() for buffer in buffers]
-    sizes = [len(text), *(part.nbytes for part in parts)]
-    connection.sendall(b"".join([SIZE.pack(len(sizes)), *map(SIZE.pack, sizes), text]))
-    for part in parts:
-        connection.sendall(part)
+    _send(connection, text, [buffer.raw() for buffer in buffers])
 
 
 def receive_object(connection: socket.socket) -> Any:
     """Receive one message of `send_object`. Raises EOFError when the other side has gone."""
-    (count,) = SIZE.unpack(_fill(connection, bytearray(SIZE.size)))
-    told = _fill(connection, bytearray(count * SIZE.size))
-    length, *sizes = (size for (size,) in SIZE.iter_unpack(told))
-    text = _fill(connection, bytearray(length))
-    parts = [np.empty(size, np.uint8) for size in sizes]
-    for part in parts:
-        _fill(connection, part.data)
+    text, parts = _receive(connection)
     return pickle.loads(text, buffers=parts)
+
+
+def _send(connection: socket.socket, head: bytes, arrays: Sequence[memoryview]) -> None:
+    sizes = b"".join(SIZE.pack(array.nbytes) for array in arrays)
+    views = [memoryview(FRAME.pack(len(head), len(arrays)) + head + sizes), *arrays]
+    missing = sum(view.nbytes for view in views)
+    while missing:
+        count = connection.sendmsg(views)
+        missing -= count
+        if missing:
+            views = _after(views, count)
+
+
+def _receive(connection: socket.socket) -> tuple[memoryview, list[Array]]:
+    """The head of a message, and its arrays as bytes, uint8 (N,)."""
+    length, count = FRAME.unpack(_filled(connection, FRAME.size))
+    text = _filled(connection, length + count * SIZE.size)
+    arrays = [np.empty(size, np.uint8) for (size,) in SIZE.iter_unpack(text[length:])]
+    _fill(connection, [array.data for array in arrays])
+    return text[:length], arrays
+
+
+def _filled(connection: socket.socket, size: int) -> memoryview:
+    view = memoryview(bytearray(size))
+    _fill(connection, [view])
+    return view
+
+
+def _fill(connection: socket.socket, views: list[memoryview]) -> None:
+    missing = sum(view.nbytes for view in views)
+    while missing:
+        count = connection.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
+        if not count:
+            raise EOFError("the other side has gone")
+        missing -= count
+        if missing:
+            views = _after(views, count)
+
+
+def _after(views: list[memoryview], count: int) -> list[memoryview]:
+    """What is left of some memory without its first `count` bytes."""
+    left = []
+    for view in views:
+        if view.nbytes > count:
+            left.append(view[count:])
+        count = max(0, count - view.nbytes)
+    return left

@@ -238,9 +238,9 @@ class RemoteFolder:
     Only one run writes at a time: on this machine by a lock of the system, elsewhere by an object `_run/lock`
     that is made if there is none (one request on S3 and Google Cloud Storage, so that one of two wins) and
     renewed while the run goes on. A run that was killed holds it for `LOCK_EXPIRES` seconds against other
-    machines, and not at all against its own. Should two runs ever hold it, as when one that was asleep renews it
-    while another takes over, the later write stays, and the other run stops when it next looks. Shards have a lock each; they and the whole folder respect each
-    other's, on every machine.
+    machines, and not at all against its own. Should two runs ever hold it, as when one that was asleep renews
+    it while another takes over, the later write stays, and the other run stops when it next looks. Shards
+    have a lock each; they and the whole folder respect each other's, on every machine.
     """
 
     at_a_time = 16
