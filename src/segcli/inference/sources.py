@@ -80,13 +80,13 @@ class PassedOver:
         total = self.suffixes.total()
         if total:
             names = [
-                f"{count} {suffix or 'without suffix'}" for suffix, count in self.suffixes.most_common(4)
+                f"{count:,} {suffix or 'without suffix'}" for suffix, count in self.suffixes.most_common(4)
             ]
             if len(self.suffixes) > len(names):
                 names.append("...")
             parts.append(f"{_plural(total, 'file')} of other types ({', '.join(names)})")
         if self.hidden:
-            parts.append(f"{self.hidden} hidden")
+            parts.append(f"{self.hidden:,} hidden")
         if self.outputs:
             parts.append(f"{_plural(self.outputs, 'output folder')} of segcli")
         if self.links:
@@ -599,4 +599,4 @@ def _problem(path: str) -> str:
 
 
 def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
