@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-
-import torch
+from typing import Protocol
 
 from segcli.errors import ImageError
 from segcli.inference.classification import Classes
@@ -50,6 +49,16 @@ class Waiting:
         return taken
 
 
+class Event(Protocol):
+    """Says whether a device has come to a point: `torch.cuda.Event`."""
+
+    def query(self) -> bool:
+        """Whether it has."""
+
+    def synchronize(self) -> None:
+        """Wait until it has."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """Pictures that a device was asked to compute, maybe before it is done.
@@ -62,11 +71,11 @@ class Batch:
 
     pictures: Sequence[Decoded]
     found: Sequence[tuple[Sequence[Classes], int] | ImageError]
-    done: torch.cuda.Event | None
+    done: Event | None
     begun: float
 
     def is_done(self) -> bool:
-        return self.done is None or bool(self.done.query())  # type: ignore[no-untyped-call]
+        return self.done is None or self.done.query()
 
     def results(self) -> list[Segmentation | ImageError]:
         """What was found in every picture; waits for it."""
