@@ -44,14 +44,14 @@ KINDS = ("mask", "overlay")
 class Later:
     """What a `torch.cuda.Event` says of a batch, where it is done at a known time."""
 
-    def __init__(self, time: float) -> None:
-        self.time = time
+    def __init__(self, at: float) -> None:
+        self.at = at
 
     def query(self) -> bool:
-        return time.perf_counter() >= self.time
+        return time.perf_counter() >= self.at
 
     def synchronize(self) -> None:
-        time.sleep(max(0, self.time - time.perf_counter()))
+        time.sleep(max(0, self.at - time.perf_counter()))
 
 
 class Discs(Segmenter):

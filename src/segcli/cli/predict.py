@@ -22,7 +22,7 @@ from segcli.cli.options import (
     Tta,
     Verbose,
 )
-from segcli.cli.runs import Overwrite, Workers, counted, list_inputs, refuse_empty, run_and_report
+from segcli.cli.runs import Overwrite, Workers, list_inputs, refuse_empty, run_and_report
 from segcli.cli.terminal import Terminal
 from segcli.device import (
     check_precision,
@@ -190,7 +190,7 @@ def predict(
     from segcli.inference.plan import Plan
     from segcli.inference.processes import Processes as SeveralProcesses
     from segcli.inference.shards import parse_shard
-    from segcli.inference.sources import parse
+    from segcli.inference.sources import counted, parse
     from segcli.inference.storage import open_storage
     from segcli.memory import memory_of
     from segcli.models.info import read_info

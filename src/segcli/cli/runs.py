@@ -59,7 +59,7 @@ def list_inputs(sources: Sources, shard: Shard | None, terminal: Terminal, noun:
 
     Names are looked at as a run does before it computes: what cannot be read is said, and makes exit code 1.
     """
-    from segcli.inference.sources import PassedOver, discover
+    from segcli.inference.sources import PassedOver, counted, discover
 
     passed_over = PassedOver()
     total = listed = 0
@@ -204,6 +204,8 @@ def time_left(progress: Progress) -> str:
 
 def report(task: Task[Any], progress: Progress, seconds: float, terminal: Terminal, noun: str) -> None:
     """Say what became of the files, and exit accordingly."""
+    from segcli.inference.sources import counted
+
     manifest = task.out.place(f"{task.shard.record if task.shard else RUN_FOLDER}/{MANIFEST_FILE}")
     pixels = progress.pixels.total()
     shares = {name: count / pixels for name, count in progress.pixels.most_common()}
@@ -253,11 +255,6 @@ def report(task: Task[Any], progress: Progress, seconds: float, terminal: Termin
     if progress.failed:
         list_problems(progress.failures, progress.failed, f", see {manifest}", terminal)
         raise typer.Exit(1)
-
-
-def counted(number: int, noun: str) -> str:
-    """`1 image`, `40,000 images`."""
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")
 
 
 def percent(share: float) -> str:

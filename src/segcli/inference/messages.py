@@ -15,7 +15,7 @@ import math
 import pickle
 import socket
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,13 +73,7 @@ def receive_object(connection: socket.socket) -> Any:
 
 def _send(connection: socket.socket, head: bytes, arrays: Sequence[memoryview]) -> None:
     sizes = b"".join(SIZE.pack(array.nbytes) for array in arrays)
-    views = [memoryview(FRAME.pack(len(head), len(arrays)) + head + sizes), *arrays]
-    missing = sum(view.nbytes for view in views)
-    while missing:
-        count = connection.sendmsg(views)
-        missing -= count
-        if missing:
-            views = _after(views, count)
+    _move_all([memoryview(FRAME.pack(len(head), len(arrays)) + head + sizes), *arrays], connection.sendmsg)
 
 
 def _receive(connection: socket.socket) -> tuple[memoryview, list[Array]]:
@@ -98,9 +92,14 @@ def _filled(connection: socket.socket, size: int) -> memoryview:
 
 
 def _fill(connection: socket.socket, views: list[memoryview]) -> None:
+    _move_all(views, lambda left: connection.recvmsg_into(left, 0, socket.MSG_WAITALL)[0])
+
+
+def _move_all(views: list[memoryview], move: Callable[[list[memoryview]], int]) -> None:
+    """Let `move`, which says how many bytes it did, send or fill all of some memory."""
     missing = sum(view.nbytes for view in views)
     while missing:
-        count = connection.recvmsg_into(views, 0, socket.MSG_WAITALL)[0]
+        count = move(views)
         if not count:
             raise EOFError("the other side has gone")
         missing -= count

@@ -84,13 +84,13 @@ class PassedOver:
             ]
             if len(self.suffixes) > len(names):
                 names.append("...")
-            parts.append(f"{_plural(total, 'file')} of other types ({', '.join(names)})")
+            parts.append(f"{counted(total, 'file')} of other types ({', '.join(names)})")
         if self.hidden:
             parts.append(f"{self.hidden:,} hidden")
         if self.outputs:
-            parts.append(f"{_plural(self.outputs, 'output folder')} of segcli")
+            parts.append(f"{counted(self.outputs, 'output folder')} of segcli")
         if self.links:
-            parts.append(f"{_plural(self.links, 'link')} to folders that are read anyway")
+            parts.append(f"{counted(self.links, 'link')} to folders that are read anyway")
         return ", ".join(parts)
 
 
@@ -598,5 +598,6 @@ def _problem(path: str) -> str:
     return f"{kinds.get(stat.S_IFMT(mode), 'a special file')}, not a file"
 
 
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+def counted(number: int, noun: str) -> str:
+    """`1 image`, `40,000 images`."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
